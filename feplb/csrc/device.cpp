@@ -1,0 +1,30 @@
+#include "device.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+
+namespace feplb {
+namespace {
+constexpr uint32_t kAnyReason = ~0u;
+// Longest sleep before a waiter looks at the poison mark again, whoever forgot to ring.
+constexpr std::chrono::milliseconds kLongestNap{200};
+}  // namespace
+
+WaitResult Device::wait_host(Bell& bell, const std::function<bool()>& done,
+                             const WaitLimits& limits) {
+  while (true) {
+    const uint32_t seen = bell.rings();
+    if (done()) return WaitResult::kReached;
+    if (limits.poisoned->load(std::memory_order_acquire)) return WaitResult::kPoisoned;
+    const TimePoint now = Clock::now();
+    if (now >= limits.deadline) return WaitResult::kTimedOut;
+    bell.sleep(seen, kAnyReason, std::min(limits.deadline, now + kLongestNap));
+  }
+}
+
+void name_this_thread(const std::string& name) {
+  pthread_setname_np(pthread_self(), name.substr(0, 15).c_str());
+}
+
+}  // namespace feplb

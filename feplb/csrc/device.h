@@ -1,0 +1,119 @@
+// What a lane can do. Everything above this header is the same for copy engines (ce), shared memory
+// between processes (host) and the seeded adversary of the tests (sim).
+//
+// A Device belongs to one rank. It has one compute stream and three copy streams; work in a stream
+// runs in order, nothing else is ordered but by events (within a rank) and flags (between ranks).
+//
+//   method        called by                may block
+//   record, wait_event, wait_flag,
+//   write_flag on kCompute    the caller (Python's thread, GIL released)   inline lanes: the wait
+//   itself,
+//                                                                          until its deadline
+//   after_event, copy_batch,
+//   write_flag on copies      the mover                                    never for a peer
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bell.h"
+
+namespace feplb {
+
+enum class StreamKind : int { kCompute = 0, kRows = 1, kWeights = 2, kReturns = 3 };
+constexpr int kNumStreams = 4;
+
+// Epochs count calls, are never reset, and are compared as "at least", cyclically: a flag may jump
+// ahead (the watchdog lifts it by 2^30) and the counter may wrap.
+using Epoch = uint32_t;
+constexpr Epoch kLift = 1u << 30;
+inline bool epoch_reached(Epoch seen, Epoch wanted) {
+  return static_cast<int32_t>(seen - wanted) >= 0;
+}
+
+// One word of host shared memory: written by the sender's stream after its data, awaited by the
+// receiver's stream, read and lifted by the host as plain memory.
+struct Flag {
+  std::atomic<uint32_t> epoch{0};
+};
+
+// A point in one stream of this device; position 0 is "done since ever".
+struct Event {
+  StreamKind stream = StreamKind::kCompute;
+  uint64_t position = 0;
+};
+
+struct CopyOp {
+  std::byte* dst;
+  const std::byte* src;
+  std::size_t bytes;
+};
+
+// Until when a wait may last, and the mark that ends it early.
+struct WaitLimits {
+  TimePoint deadline;
+  const std::atomic<bool>* poisoned;
+};
+
+enum class WaitResult {
+  kReached,   // the wait is over
+  kEnqueued,  // it lies in the compute stream; what is enqueued behind it will see the data
+  kTimedOut,
+  kPoisoned,
+};
+
+struct LaneStats {
+  uint64_t copied_bytes[kNumStreams] = {0, 0, 0, 0};  // by copy stream, into peers
+  uint64_t copies = 0;
+  int64_t copy_thread_cpu_ns = 0;  // CPU time of the lane's own threads
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+
+  // Names the stream that the caller's own kernels run on during the coming call.
+  virtual void bind_compute(std::uintptr_t stream) = 0;
+
+  // The compute stream, from the caller's thread.
+  virtual Event record(StreamKind stream) = 0;
+  virtual WaitResult wait_event(Event event, const WaitLimits& limits) = 0;
+  virtual WaitResult wait_flag(const Flag* flag, Epoch epoch, const WaitLimits& limits) = 0;
+
+  // The copy streams, from the mover. A batch has no order inside.
+  virtual void after_event(StreamKind stream, Event event) = 0;
+  virtual void copy_batch(StreamKind stream, const std::vector<CopyOp>& copies) = 0;
+
+  // Either: `flag` becomes `epoch` once everything before it in the stream is done and visible.
+  virtual void write_flag(StreamKind stream, Flag* flag, Epoch epoch) = 0;
+
+  // True once everything enqueued on the compute stream has run (check() and the watchdog ask).
+  virtual bool compute_drained() = 0;
+
+  // The caller waits on the host for `done`, which the mover makes true and rings `bell` for.
+  virtual WaitResult wait_host(Bell& bell, const std::function<bool()>& done,
+                               const WaitLimits& limits);
+
+  // A lane that runs the mover's steps itself (the simulation) takes it and returns true.
+  virtual bool drive(const std::function<bool()>& /*mover_step*/) { return false; }
+
+  // Flags written on the compute stream are visible at once, so the writer may ring for them.
+  virtual bool is_inline() const = 0;
+
+  virtual LaneStats stats() const = 0;
+
+  // Ends the lane's threads; copies already accepted finish first. Idempotent.
+  virtual void stop() noexcept = 0;
+};
+
+std::unique_ptr<Device> make_host_device(const std::string& thread_name);
+
+// Names the calling thread for debuggers and profilers (15 characters are kept).
+void name_this_thread(const std::string& name);
+
+}  // namespace feplb

@@ -1,0 +1,328 @@
+#include "domain.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "error.h"
+#include "fences.h"
+
+namespace feplb {
+namespace {
+
+int max_local_experts(const std::vector<LayerShape>& layers) {
+  int most = 0;
+  for (const LayerShape& shape : layers) most = std::max(most, shape.num_local_experts);
+  return most;
+}
+
+// The distinct ranks in `moves` as `rank_of` names them, in the plan's order.
+template <typename RankOf>
+std::vector<int> peers_of(const std::vector<RoutedMove>& moves, RankOf rank_of) {
+  std::vector<int> peers;
+  for (const RoutedMove& move : moves) {
+    const int peer = rank_of(move.move);
+    if (std::find(peers.begin(), peers.end(), peer) == peers.end()) peers.push_back(peer);
+  }
+  return peers;
+}
+
+}  // namespace
+
+Domain::Domain(DomainConfig config, DomainMemory memory, std::unique_ptr<Device> device)
+    : config_(std::move(config)),
+      memory_(std::move(memory)),
+      layout_(config_.layers, config_.num_slots, config_.num_grad_slots),
+      board_(memory_.board, config_.num_ranks, max_local_experts(config_.layers)),
+      device_(std::move(device)),
+      failure_(board_, config_.rank, caller_bell_),
+      mover_(config_.rank, layout_, board_, *device_, failure_, caller_bell_),
+      watchdog_(config_.rank, config_.pids, board_, *device_, failure_),
+      pid_(getpid()) {}
+
+Domain::~Domain() {
+  close();
+  if (forked()) {
+    // The threads are not here, and joining them would hang: leave everything to the exit.
+    mover_thread_.abandon();
+    watchdog_thread_.abandon();
+    static_cast<void>(device_.release());
+  }
+}
+
+void Domain::open() {
+  board_.set_state(config_.rank, RankState::kOpen);
+  if (device_->drive([this] { return mover_.step(); })) return;
+  const std::string name = cat("feplb-", config_.rank);
+  mover_thread_ = Worker(name + "-mover", [this] { mover_.run(); });
+  watchdog_thread_ = Worker(name + "-watch", [this] { watchdog_.run(); });
+}
+
+void Domain::close() noexcept {
+  if (closed_ || forked()) return;
+  closed_ = true;
+  board_.set_state(config_.rank, RankState::kClosed);
+  mover_.stop();
+  watchdog_.stop();
+  mover_thread_.join();
+  watchdog_thread_.join();
+  device_->stop();
+}
+
+bool Domain::forked() const { return getpid() != pid_; }
+
+void Domain::check_usable(const char* phase) {
+  if (forked()) {
+    throw Error(cat("feplb was called in a process forked after its Balancer was built (", phase,
+                    ", rank ", config_.rank, ", pid ", getpid(), ", built in pid ", pid_,
+                    "). Nothing was sent. Build a Balancer in this process, or call it only in the "
+                    "one that built it."));
+  }
+  if (closed_) {
+    throw Error(cat("the Balancer is closed (", phase, ", rank ", config_.rank,
+                    "). Nothing was sent. Build a new one."));
+  }
+  check_failure(phase);
+}
+
+void Domain::check_failure(const char* phase) {
+  if (!failure_.poisoned() && board_.aborted()) failure_.poison(board_.abort_text());
+  if (failure_.poisoned()) raise(cat(where(phase), ": ", failure_.text()));
+}
+
+std::string Domain::where(const char* phase) const {
+  std::string text = cat("feplb failed while ", phase, " (rank ", config_.rank);
+  if (in_call_ && call_.kind == CallKind::kCheck) {
+    text += ", check()";
+  } else if (in_call_) {
+    text += cat(", layer ", call_.layer, ", micro-batch ", call_.micro_batch, ", ",
+                call_kind_name(call_.kind));
+  }
+  return text + ")";
+}
+
+void Domain::raise(const std::string& what) {
+  throw Error(cat(what,
+                  ". The Balancer is closed on every rank; results of this step must not be "
+                  "used. Restart the job from its last checkpoint, or build a new Balancer "
+                  "once the cause is gone."));
+}
+
+WaitLimits Domain::limits() const {
+  const auto wait = std::chrono::duration_cast<Clock::duration>(
+      std::chrono::duration<double>(config_.deadline_s));
+  return WaitLimits{Clock::now() + wait, &failure_.mark()};
+}
+
+// Turns the end of a wait into an error unless it is over or enqueued. `missing` says for whom.
+void Domain::settle(WaitResult result, const char* phase, const std::string& missing) {
+  if (result == WaitResult::kTimedOut) {
+    failure_.poison(cat("no answer from ", missing, " for ", config_.deadline_s,
+                        " s (deadline_s) while ", phase));
+  }
+  if (failure_.poisoned()) raise(cat(where(phase), ": ", failure_.text()));
+}
+
+uint64_t Domain::begin(CallHeader header, std::vector<Move> saved_moves,
+                       std::uintptr_t compute_stream) {
+  check_usable("publishing the counts");
+  FEPLB_CHECK(!in_call_, "the ", call_kind_name(call_.kind), " of layer ", call_.layer,
+              " has not ended");
+  device_->bind_compute(compute_stream);
+  header.seq = seq_ + 1;
+  header.config_hash = config_.config_hash;
+  failure_.note_call(header.seq);
+  call_ = header;
+  in_call_ = true;
+  grads_posted_ = false;
+  seq_ = header.seq;
+  mover_.begin(std::move(header), std::move(saved_moves));
+  return seq_;
+}
+
+const Agreement& Domain::wait_plan() {
+  constexpr const char* kPhase = "waiting for the counts of all ranks";
+  check_usable(kPhase);
+  const auto done = [this] { return mover_.planned(); };
+  const WaitResult result = device_->wait_host(caller_bell_, done, limits());
+  if (!mover_.planned()) settle(result, kPhase, mover_.missing_headers());
+  const Agreement& agreement = mover_.agreement();
+  if (!agreement.refusal.empty()) {
+    mover_.end();
+    in_call_ = false;
+  }
+  return agreement;
+}
+
+CallGeometry Domain::geometry() const {
+  return CallGeometry{&layout_, &memory_.arenas, config_.rank, call_.layer, call_.kind, call_.seq};
+}
+
+void Domain::post_rows(const CallSources& sources, const std::vector<int64_t>& first_row) {
+  mover_.post(Level::kRows, device_->record(StreamKind::kCompute),
+              push_rows(geometry(), mover_.agreement().route, sources, first_row));
+}
+
+void Domain::handshake(Level level, const char* phase) {
+  if (!fence_on(Fence::kHandshake)) return;
+  const auto done = [this, level] { return mover_.submitted(level); };
+  const WaitResult result = device_->wait_host(caller_bell_, done, limits());
+  if (!done()) settle(result, phase, mover_.withheld());
+}
+
+void Domain::await_flag(int src_rank, FlagKind kind, uint64_t seq, const char* phase) {
+  const Flag* flag = board_.inbound(config_.rank, src_rank, kind);
+  const auto epoch = static_cast<Epoch>(seq);
+  const WaitLimits wait = limits();
+  const WaitResult result = device_->wait_flag(flag, epoch, wait);
+  const std::string peer = cat("rank ", src_rank, " (last seen: ", board_.last_seen(src_rank), ")");
+  if (result == WaitResult::kEnqueued) {
+    watchdog_.watch(
+        flag, epoch, wait.deadline,
+        cat("no answer from ", peer, " for ", config_.deadline_s, " s (deadline_s) while ", phase));
+  }
+  settle(result, phase, peer);
+}
+
+void Domain::await_event(Event event, const char* phase) {
+  if (event.position == 0) return;
+  settle(device_->wait_event(event, limits()), phase, "this rank's own copies");
+}
+
+void Domain::await_rows() {
+  constexpr const char* kPhase = "waiting for rows and weights from an owner";
+  handshake(Level::kRows, kPhase);
+  const Route& route = mover_.agreement().route;
+  if (route.received.empty()) return;
+  if (fence_on(Fence::kDrainOutbox)) {
+    const int half = region_half(kReturnsRegion, call_.seq);
+    await_event(mover_.last_push(kReturnsRegion, half), "waiting for its outbox");
+  }
+  for (const int owner : peers_of(route.received, [](const Move& m) { return m.owner_rank; })) {
+    if (fence_on(Fence::kWaitRows)) await_flag(owner, kRowsFlag, call_.seq, kPhase);
+    if (fence_on(Fence::kWaitWeights)) await_flag(owner, kWeightsFlag, call_.seq, kPhase);
+  }
+}
+
+void Domain::release(Region region, uint64_t seq) {
+  device_->write_flag(StreamKind::kCompute,
+                      board_.released(config_.rank, region, region_half(region, seq)),
+                      static_cast<Epoch>(seq));
+  if (!device_->is_inline()) return;  // the device writes later; movers that wait for it poll
+  for (int rank = 0; rank < config_.num_ranks; ++rank) {
+    if (rank != config_.rank) board_.bell(rank).ring(kReleaseRing);
+  }
+}
+
+void Domain::release_weights() {
+  if (!mover_.agreement().route.received.empty()) release(kWeightsRegion, call_.seq);
+}
+
+void Domain::release_rows() {
+  if (!mover_.agreement().route.received.empty()) release(kRowsRegion, call_.seq);
+}
+
+void Domain::post_returns() {
+  mover_.post(Level::kReturns, device_->record(StreamKind::kCompute),
+              push_returns(geometry(), mover_.agreement().route));
+}
+
+void Domain::await_grad_outbox() {
+  if (!fence_on(Fence::kDrainGradOutbox)) return;
+  await_event(mover_.last_push(kGradsRegion, 0), "waiting for its grad outbox");
+}
+
+void Domain::post_grads(const std::vector<int>& tensors) {
+  grads_posted_ = true;
+  mover_.post(Level::kGrads, device_->record(StreamKind::kCompute),
+              push_grads(geometry(), mover_.agreement().route, tensors));
+}
+
+void Domain::await_returns() {
+  constexpr const char* kPhase = "waiting for results from a helper";
+  handshake(Level::kReturns, kPhase);
+  const Route& route = mover_.agreement().route;
+  for (const int helper : peers_of(route.sent, [](const Move& m) { return m.dst_rank; })) {
+    if (fence_on(Fence::kWaitReturns)) await_flag(helper, kReturnsFlag, call_.seq, kPhase);
+  }
+}
+
+void Domain::release_returns() {
+  if (!mover_.agreement().route.sent.empty()) release(kReturnsRegion, call_.seq);
+}
+
+void Domain::finish() {
+  constexpr const char* kPhase = "submitting the call's last copies";
+  if (grads_posted_) handshake(Level::kGrads, kPhase);
+  if (fence_on(Fence::kDrainInputs) && !mover_.agreement().route.sent.empty()) {
+    const int half = region_half(kRowsRegion, call_.seq);
+    await_event(mover_.last_push(kRowsRegion, half), kPhase);
+    await_event(mover_.last_push(kWeightsRegion, 0), kPhase);
+  }
+  mover_.end();
+  in_call_ = false;
+}
+
+void Domain::await_grads(uint64_t seq, const std::vector<int>& helper_ranks) {
+  constexpr const char* kPhase = "waiting for weight grads from a helper";
+  check_usable(kPhase);
+  for (const int helper : helper_ranks) {
+    if (fence_on(Fence::kWaitGrads)) await_flag(helper, kGradsFlag, seq, kPhase);
+  }
+}
+
+void Domain::release_grads(uint64_t seq) {
+  if (!failure_.poisoned()) release(kGradsRegion, seq);
+}
+
+void Domain::fail(const std::string& text) {
+  failure_.poison(text);
+  in_call_ = false;
+}
+
+double Domain::prove_lane(std::size_t bytes) {
+  constexpr const char* kPhase = "proving the lane at start-up";
+  const auto pattern = [](int src, int dst, std::size_t i) {
+    return static_cast<std::byte>(
+        (i * 31 + static_cast<std::size_t>(src) * 7 + static_cast<std::size_t>(dst) * 13 + 1) &
+        0xff);
+  };
+  const auto place = [&](int owner, int src) {
+    return memory_.arenas[static_cast<std::size_t>(owner)] + static_cast<std::size_t>(src) * bytes;
+  };
+  seq_ = 1;  // the canary's epoch; calls count on from here
+  std::vector<std::byte> source(bytes);
+  const TimePoint start = Clock::now();
+  for (int dst = 0; dst < config_.num_ranks; ++dst) {
+    if (dst == config_.rank) continue;
+    for (std::size_t i = 0; i < bytes; ++i) source[i] = pattern(config_.rank, dst, i);
+    device_->copy_batch(StreamKind::kRows,
+                        {CopyOp{place(dst, config_.rank), source.data(), bytes}});
+    device_->write_flag(StreamKind::kRows, board_.inbound(dst, config_.rank, kRowsFlag), 1);
+    await_event(device_->record(StreamKind::kRows), kPhase);
+  }
+  const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+  for (int src = 0; src < config_.num_ranks; ++src) {
+    if (src == config_.rank) continue;
+    await_flag(src, kRowsFlag, 1, kPhase);
+    for (std::size_t i = 0; i < bytes; ++i) {
+      if (place(config_.rank, src)[i] == pattern(src, config_.rank, i)) continue;
+      failure_.poison(cat("byte ", i, " of rank ", src, "'s pattern is ",
+                          static_cast<int>(place(config_.rank, src)[i]), ", expected ",
+                          static_cast<int>(pattern(src, config_.rank, i)),
+                          ": this lane does not carry data"));
+      check_failure(kPhase);
+    }
+  }
+  return seconds > 0 ? static_cast<double>(bytes) * (config_.num_ranks - 1) / seconds / 1e9 : 0;
+}
+
+void Domain::drain() {
+  constexpr const char* kPhase = "draining the compute stream";
+  const auto done = [this] { return device_->compute_drained(); };
+  const WaitResult result = device_->wait_host(caller_bell_, done, limits());
+  if (result == WaitResult::kTimedOut) settle(result, kPhase, "this rank's own device");
+}
+
+}  // namespace feplb

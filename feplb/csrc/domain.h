@@ -1,0 +1,136 @@
+// A domain as one rank sees it: arena, count board, lane, mover, watchdog, and the caller's side of
+// a call. two_phase.py walks through these methods in the order they stand here; each one blocks
+// the calling thread (GIL released) at most until its deadline.
+//
+//   begin            level 0: publish the header                       never blocks
+//   wait_plan        until every rank's header is there and the plan is made
+//   post_rows        level 1: rows and weights of sent moves, after what computes them
+//   await_rows       deadlock rule for level 1, then wait for what this rank received
+//   release_weights, release_rows    directly after their last reader
+//   post_returns     level 2, after the received GEMMs
+//   await_grad_outbox, post_grads    level 3 (backward)
+//   await_returns    deadlock rule for level 2, then wait for what comes home
+//   release_returns  after placing
+//   finish           all of the call's copies are submitted and have read the caller's tensors
+//   await_grads, release_grads       later, where the late weight grads are added
+//
+// The deadlock rule: a wait of (seq, level k) enters the compute stream only after the driver has
+// accepted this rank's own submissions up to and including (seq, k). Releases are enqueued by the
+// caller itself, so every one posted so far has been accepted by then.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "arena.h"
+#include "copier.h"
+#include "count_board.h"
+#include "device.h"
+#include "failure.h"
+#include "mover.h"
+#include "watchdog.h"
+
+namespace feplb {
+
+struct DomainConfig {
+  int rank = 0;
+  int num_ranks = 1;
+  uint64_t config_hash = 0;
+  double deadline_s = 60;
+  std::vector<LayerShape> layers;
+  int num_slots = 0;
+  int num_grad_slots = 0;
+  std::vector<pid_t> pids;  // [num_ranks]
+};
+
+// Memory that the domain lives in; kept alive by the domain and by every view of the arena.
+struct DomainMemory {
+  std::byte* board = nullptr;
+  std::vector<std::byte*> arenas;  // [num_ranks], as mapped into this process
+  std::shared_ptr<void> owner;
+};
+
+class Domain {
+ public:
+  Domain(DomainConfig config, DomainMemory memory, std::unique_ptr<Device> device);
+  ~Domain();
+
+  // Starts mover and watchdog, once every rank has built its domain.
+  void open();
+  // Ends threads and lane without any collective. Idempotent; in a forked child it does nothing.
+  void close() noexcept;
+  bool closed() const { return closed_; }
+
+  // Start-up canary: pushes a pattern to every peer through the lane and checks what peers pushed.
+  // Returns the rate seen, GB/s (10^9 bytes, the making of the pattern included). `bytes` per peer
+  // must fit num_ranks times into the arena.
+  double prove_lane(std::size_t bytes);
+
+  uint64_t begin(CallHeader header, std::vector<Move> saved_moves, std::uintptr_t compute_stream);
+  const Agreement& wait_plan();
+  void post_rows(const CallSources& sources, const std::vector<int64_t>& first_row);
+  void await_rows();
+  void release_weights();
+  void release_rows();
+  void post_returns();
+  void await_grad_outbox();
+  void post_grads(const std::vector<int>& tensors);
+  void await_returns();
+  void release_returns();
+  void finish();
+  void await_grads(uint64_t seq, const std::vector<int>& helper_ranks);
+  void release_grads(uint64_t seq);
+
+  // The call cannot go on (the caller failed after its header was published): every rank raises.
+  void fail(const std::string& text);
+  // Throws what went wrong on this rank or was reported by another, if anything did.
+  void check_failure(const char* phase);
+  // Waits until this rank's compute stream has run everything feplb put there.
+  void drain();
+
+  std::string failure_text() const { return failure_.poisoned() ? failure_.text() : ""; }
+  const ArenaLayout& layout() const { return layout_; }
+  std::byte* arena() const { return memory_.arenas[static_cast<std::size_t>(config_.rank)]; }
+  const std::shared_ptr<void>& memory_owner() const { return memory_.owner; }
+  LaneStats stats() const { return device_->stats(); }
+  Mover& mover() { return mover_; }
+
+ private:
+  void check_usable(const char* phase);
+  WaitLimits limits() const;
+  CallGeometry geometry() const;
+  void handshake(Level level, const char* phase);
+  void await_flag(int src_rank, FlagKind kind, uint64_t seq, const char* phase);
+  void await_event(Event event, const char* phase);
+  void release(Region region, uint64_t seq);
+  void settle(WaitResult result, const char* phase, const std::string& missing);
+  [[noreturn]] void raise(const std::string& what);
+  std::string where(const char* phase) const;
+  bool forked() const;
+
+  DomainConfig config_;
+  DomainMemory memory_;
+  ArenaLayout layout_;
+  CountBoard board_;
+  std::unique_ptr<Device> device_;
+  Bell caller_bell_;
+  Failure failure_;
+  Mover mover_;
+  Watchdog watchdog_;
+  pid_t pid_;
+  bool closed_ = false;
+
+  uint64_t seq_ = 0;
+  CallHeader call_;
+  bool in_call_ = false;
+  bool grads_posted_ = false;
+
+  Worker mover_thread_;  // last: they use all of the above
+  Worker watchdog_thread_;
+};
+
+}  // namespace feplb

@@ -1,0 +1,110 @@
+#include "watchdog.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include "error.h"
+
+namespace feplb {
+namespace {
+
+// While all is well, a nap is as long as it takes to notice another rank's abort in time; deaths
+// end it at once. While lifted flags must stay lifted, look often.
+constexpr int kNapMs = 250;
+constexpr int kLiftMs = 2;
+
+Fd open_pidfd(int rank, pid_t pid) {
+  Fd fd(static_cast<int>(syscall(SYS_pidfd_open, pid, 0)));
+  if (!fd) {
+    throw Error(cat(errno_text(cat("pidfd_open of rank ", rank, " (pid ", pid, ")"), errno),
+                    "; ranks of one domain must see each other's processes (Linux 5.3 or newer, "
+                    "one pid namespace)"));
+  }
+  return fd;
+}
+
+}  // namespace
+
+Watchdog::Watchdog(int rank, const std::vector<pid_t>& pids, CountBoard& board, Device& device,
+                   Failure& failure)
+    : rank_(rank),
+      board_(board),
+      device_(device),
+      failure_(failure),
+      wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+  if (!wake_) throw Error(errno_text("eventfd", errno));
+  for (std::size_t peer = 0; peer < pids.size(); ++peer) {
+    if (static_cast<int>(peer) == rank || pids[peer] == getpid()) continue;
+    peers_.push_back(
+        Peer{static_cast<int>(peer), pids[peer], open_pidfd(static_cast<int>(peer), pids[peer])});
+  }
+}
+
+void Watchdog::watch(const Flag* flag, Epoch epoch, TimePoint deadline, std::string what) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  waits_.push_back(StreamWait{flag, epoch, deadline, std::move(what)});
+}
+
+void Watchdog::run() noexcept {
+  while (!stopping_.load(std::memory_order_acquire)) {
+    try {
+      nap();
+      look_at_peers();
+      look_at_waits();
+      if (!failure_.poisoned() && board_.aborted()) failure_.poison(board_.abort_text());
+      if (failure_.poisoned() && !device_.compute_drained()) failure_.lift();
+    } catch (const std::exception& error) {
+      failure_.poison(cat("the watchdog failed: ", error.what()));
+    }
+  }
+}
+
+void Watchdog::nap() {
+  std::vector<pollfd> fds{pollfd{wake_.get(), POLLIN, 0}};
+  for (const Peer& peer : peers_) fds.push_back(pollfd{peer.pidfd.get(), POLLIN, 0});
+  const bool lifts = failure_.poisoned() && !device_.compute_drained();
+  poll(fds.data(), fds.size(), lifts ? kLiftMs : kNapMs);
+}
+
+void Watchdog::look_at_peers() {
+  for (auto peer = peers_.begin(); peer != peers_.end();) {
+    pollfd fd{peer->pidfd.get(), POLLIN, 0};
+    if (poll(&fd, 1, 0) <= 0) {
+      ++peer;
+      continue;
+    }
+    if (board_.state(peer->rank) != RankState::kClosed) {
+      failure_.poison(cat("peer rank ", peer->rank, " (pid ", peer->pid,
+                          ") died; last seen: ", board_.last_seen(peer->rank)));
+    }
+    peer = peers_.erase(peer);
+  }
+}
+
+void Watchdog::look_at_waits() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const TimePoint now = Clock::now();
+  for (const StreamWait& wait : waits_) {
+    const bool over = epoch_reached(wait.flag->epoch.load(std::memory_order_acquire), wait.epoch);
+    if (!over && now >= wait.deadline) failure_.poison(wait.what);
+  }
+  waits_.erase(std::remove_if(waits_.begin(), waits_.end(),
+                              [](const StreamWait& wait) {
+                                return epoch_reached(
+                                    wait.flag->epoch.load(std::memory_order_acquire), wait.epoch);
+                              }),
+               waits_.end());
+}
+
+void Watchdog::stop() noexcept {
+  stopping_.store(true, std::memory_order_release);
+  const uint64_t one = 1;
+  static_cast<void>(!write(wake_.get(), &one, sizeof(one)));
+}
+
+}  // namespace feplb
