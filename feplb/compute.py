@@ -14,8 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Protocol, cast
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +31,8 @@ Segment = tuple[int, int, int]
 Weights = Sequence[Sequence[Tensor]]
 
 GradWeights = Sequence[Sequence[Tensor] | None]
+
+Part = TypeVar("Part")
 
 ExpertFunction = Callable[[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]], Tensor]
 
@@ -123,30 +124,25 @@ def _spans(segments: Sequence[Segment]) -> Iterator[tuple[slice, slice, int]]:
 
 
 def _sum_into_weights(
-    segments: Sequence[Segment],
-    grad_weights: Sequence[Tensor],
-    write: Callable[[int, Tensor], None],
+    segments: Sequence[Segment], grad_weights: Sequence[Tensor], parts: Sequence[Part],
+    write: Callable[[Part, Tensor], object],
 ) -> None:
-    """Let ``write(k, target)`` fill in the k-th segment with rows, and sum where an index recurs.
+    """Write parts[k], of the k-th segment with rows, to its weight index; sum where one recurs.
 
-    The first contribution is placed, not added to zero: -0.0 stays -0.0.
+    The first part is placed, not added to zero: -0.0 stays -0.0.
     """
     written: set[int] = set()
-    k = 0
-    for start, end, weight_idx in segments:
+    for part, (_, _, weight_idx) in zip(parts, _spans(segments), strict=True):
         target = grad_weights[weight_idx]
-        if end == start:
-            if weight_idx not in written:
-                target.zero_()
-            continue
         if weight_idx in written:
-            part = torch.empty_like(target)
-            write(k, part)
-            target.add_(part)
+            more = torch.empty_like(target)
+            write(part, more)
+            target.add_(more)
         else:
-            write(k, target)
+            write(part, target)
             written.add(weight_idx)
-        k += 1
+    for weight_idx in {segment[2] for segment in segments} - written:
+        grad_weights[weight_idx].zero_()
 
 
 def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -164,16 +160,13 @@ def _mm(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.mm(a, b, out=out)
 
 
-# SwiGLU. Of each row x, with w1 = [w1g; w1u], p = 1 where there are no probabilities:
+# SwiGLU. Of each row x, with w1 = [w1g; w1u] and p = 1 where there are no probabilities:
 #   h = [g | u] = x w1^T     s = silu(g)     a = s * u * p     y = a w2^T
-# Given dy:
-#   da = dy w2               da/du = s p     da/dg = silu'(g) u p     da/dp = s u
-#   dh = [dg | du] = p * [silu'(g) * (u * da) | s * da]
-#   dp = sum over F of s * (u * da)
-#   dx = dh w1     dw1 = dh^T x     dw2 = dy^T a
-# Saved is h alone: s and a cost two elementwise passes, to keep them F more numbers per row.
-# g and u are the halves of h, strided by 2F, so the vector loops run row by row over F and a
-# row's activation does not depend on where it lies in the segment either (one thread).
+# Given dy, with sig = sigmoid(g), silu'(g) = sig * (1 + g * (1 - sig)), by the chain rule:
+#   dap = dy w2     dp = sum over F of dap * (s * u)     da = dap * p
+#   dh = [da * u * silu'(g) | da * s]     dx = dh w1     dw1 = dh^T x     dw2 = dy^T a
+# Saved is h alone: s and a cost two elementwise passes again, to keep them F more per row.
+# g and u are halves of h, strided by 2F, so the vector loops run row by row over F.
 
 
 class SwiGLU(ExpertCompute):
@@ -198,8 +191,7 @@ class SwiGLU(ExpertCompute):
     ) -> Saved:
         """Compute the output rows of every segment; see ExpertCompute."""
         probs = _probs(rows, row_data)
-        width = _width(rows, segments, weights)
-        total, largest = _extent(segments)
+        width, total, largest = _sizes(rows, segments, weights)
         h = rows.new_empty(total if save else largest, 2 * width)
         scratch = rows.new_empty(largest, width)
         for span, packed, weight_idx in _spans(segments):
@@ -219,27 +211,28 @@ class SwiGLU(ExpertCompute):
         segments: Sequence[Segment], weights: Weights, saved: Saved, *, grad_rows: Tensor,
         grad_row_data: Sequence[Tensor | None],
     ) -> tuple[Tensor, ...]:
-        """Compute the gradients of rows and probabilities; the carry is (dh, a)."""
+        """Compute the gradients of rows and probabilities; the carry is dh, a per segment."""
         probs = _probs(rows, row_data)
-        width = _width(rows, segments, weights)
-        total, largest = _extent(segments)
+        width, total, largest = _sizes(rows, segments, weights)
         h = saved.tensors[0]
         if h.shape != (total, 2 * width):
             raise RuntimeError(
                 f"SwiGLU backward: saved activations are {tuple(h.shape)}, expected "
                 f"{(total, 2 * width)} for these segments. They come from another forward."
             )
-        dh, act = torch.empty_like(h), rows.new_empty(total, width)
-        scratch = rows.new_empty(largest, width)
+        carry: list[Tensor] = []
+        scratch = rows.new_empty(2, largest, width)
+        grad_probs = grad_row_data[0] if row_data else None
         for span, packed, weight_idx in _spans(segments):
-            da = scratch[: span.stop - span.start]
-            _mm(grad_out[span], weights[1][weight_idx], da)
+            n = span.stop - span.start
+            da_s, dh, act = scratch[:, :n], h.new_empty(n, 2 * width), h.new_empty(n, width)
+            _mm(grad_out[span], weights[1][weight_idx], da_s[0])
             probs_e = None if probs is None else probs[span]
-            grad_probs = grad_row_data[0] if row_data else None
             grad_probs_e = None if grad_probs is None else grad_probs[span]
-            _backward_activation(h[packed], da, probs_e, dh[packed], act[packed], grad_probs_e)
-            _mm(dh[packed], weights[0][weight_idx], grad_rows[span])
-        return dh, act
+            _backward_activation(h[packed], probs_e, da_s, act, dh, grad_probs_e)
+            _mm(dh, weights[0][weight_idx], grad_rows[span])
+            carry += [dh, act]
+        return tuple(carry)
 
     @torch.no_grad()
     def backward_weights(
@@ -248,40 +241,33 @@ class SwiGLU(ExpertCompute):
         grad_weights: GradWeights,
     ) -> None:
         """Write dw1 = dh^T x and dw2 = dy^T a; see ExpertCompute."""
-        dh, act = carry
-        spans = list(_spans(segments))
-
-        def write_w1(k: int, target: Tensor) -> None:
-            span, packed, _ = spans[k]
-            _mm(dh[packed].t(), rows[span], target)
-
-        def write_w2(k: int, target: Tensor) -> None:
-            span, packed, _ = spans[k]
-            _mm(grad_out[span].t(), act[packed], target)
-
-        for targets, write in zip(grad_weights, (write_w1, write_w2), strict=True):
+        spans = [span for span, _, _ in _spans(segments)]
+        w1 = [(dh.t(), rows[span]) for dh, span in zip(carry[::2], spans, strict=True)]
+        w2 = [(grad_out[span].t(), act) for act, span in zip(carry[1::2], spans, strict=True)]
+        for targets, operands in zip(grad_weights, (w1, w2), strict=True):
             if targets is not None:
-                _sum_into_weights(segments, targets, write)
+                _sum_into_weights(segments, targets, operands, lambda ab, out: _mm(*ab, out))
 
 
 def _backward_activation(
-    h: Tensor, da: Tensor, probs: Tensor | None, dh: Tensor, act: Tensor, grad_probs: Tensor | None
+    h: Tensor, probs: Tensor | None, da_s: Tensor, act: Tensor, dh: Tensor,
+    grad_probs: Tensor | None,
 ) -> None:
-    """Fill dh [n, 2F], act [n, F] (= a) and grad_probs of one segment; overwrites da."""
-    width = da.shape[1]
-    gate, up = h[:, :width], h[:, width:]
-    torch.ops.aten.silu.out(gate, out=act)
-    torch.mul(da, act, out=dh[:, width:])
-    da.mul_(up)
-    torch.ops.aten.silu_backward.grad_input(da, gate, grad_input=dh[:, :width])
+    """Fill act (= a), dh and grad_probs of one segment; da_s [2, n, F] holds dap, is scratch."""
+    da, s = da_s
+    gate, up = h.chunk(2, dim=1)
+    grad_gate, grad_up = dh.chunk(2, dim=1)
+    torch.ops.aten.silu.out(gate, out=s)
+    torch.mul(s, up, out=act)
     if probs is not None:
         if grad_probs is not None:
             wide = torch.promote_types(act.dtype, probs.dtype)
             grad_probs.copy_((act.to(wide) * da).sum(dim=1).view(grad_probs.shape))
-        dh.mul_(probs)
-        act.mul_(up).mul_(probs)
-    else:
-        act.mul_(up)
+        act.mul_(probs)
+        da.mul_(probs)
+    torch.mul(da, s, out=grad_up)
+    da.mul_(up)
+    torch.ops.aten.silu_backward.grad_input(da, gate, grad_input=grad_gate)
 
 
 def _probs(rows: Tensor, row_data: Sequence[Tensor]) -> Tensor | None:
@@ -300,65 +286,53 @@ def _probs(rows: Tensor, row_data: Sequence[Tensor]) -> Tensor | None:
     return probs.view(n, 1)
 
 
-def _width(rows: Tensor, segments: Sequence[Segment], weights: Weights) -> int:
-    """F, after checking the weights that the segments name; 0 where no segment has rows."""
+def _sizes(
+    rows: Tensor, segments: Sequence[Segment], weights: Weights
+) -> tuple[int, int, int]:
+    """F (0 without rows), rows in all segments, rows of the largest; checks the weights named."""
     if len(weights) != 2:
         raise ValueError(f"SwiGLU weights: {len(weights)} tensors per expert, expected w1 and w2.")
-    hidden, width = rows.shape[1], 0
-    for _, _, weight_idx in _spans(segments):
+    hidden, width, total, largest = rows.shape[1], 0, 0, 0
+    for span, packed, weight_idx in _spans(segments):
         w1, w2 = weights[0][weight_idx], weights[1][weight_idx]
         width = width or w2.shape[-1]
-        if w1.shape != (2 * width, hidden) or w2.shape != (hidden, width):
+        total, largest = packed.stop, max(largest, span.stop - span.start)
+        expected = ((2 * width, hidden), rows.dtype), ((hidden, width), rows.dtype)
+        if ((w1.shape, w1.dtype), (w2.shape, w2.dtype)) != expected:
             raise ValueError(
-                f"SwiGLU weights (weight index {weight_idx}): w1 {tuple(w1.shape)}, w2 "
-                f"{tuple(w2.shape)}, expected [2F, H] = ({2 * width}, {hidden}) and [H, F] = "
-                f"({hidden}, {width})."
+                f"SwiGLU weights (weight index {weight_idx}): w1 {tuple(w1.shape)} {w1.dtype}, "
+                f"w2 {tuple(w2.shape)} {w2.dtype}, expected [2F, H] = ({2 * width}, {hidden}) "
+                f"and [H, F] = ({hidden}, {width}) in {rows.dtype}."
             )
-        if w1.dtype != rows.dtype or w2.dtype != rows.dtype:
-            raise ValueError(
-                f"SwiGLU weights (weight index {weight_idx}): w1 {w1.dtype}, w2 {w2.dtype}, "
-                f"expected {rows.dtype} as the rows."
-            )
-    return width
-
-
-def _extent(segments: Sequence[Segment]) -> tuple[int, int]:
-    """Rows in all segments, and in the largest one."""
-    sizes = [end - start for start, end, _ in segments]
-    return sum(sizes), max(sizes, default=0)
+    return width, total, largest
 
 
 def as_compute(fn: ExpertFunction) -> ExpertCompute:
     """Turn an ordinary autograd function of one expert into an ExpertCompute.
 
-    Forward runs ``fn`` under autograd with saved-tensor hooks. Where its graph would keep one of
-    fn's inputs, or a view of it, only a description is kept, and backward reads what it was given
-    again; every other saved tensor goes into ``Saved.tensors``.
+    Where the graph of fn would keep an input, or a view of one, only a description is kept, and
+    backward reads what it is given then; every other saved tensor goes into ``Saved.tensors``.
 
     Args:
-        fn: ``fn(rows_e [n, H], row_data_e, weights_e) -> out_e [n, H]``, the inputs of one segment
-            as contiguous tensors, in the dtype of ``out``. Called once per segment with n > 0. All
-            floating inputs get gradients. It must reach its inputs through autograd operations
-            only: what a closure, a checkpoint inside fn, or the ``ctx`` attributes of a custom
-            Function (``save_for_backward`` is fine) keep of them is overwritten before backward.
-            Random numbers are drawn in another order where experts move, so with dropout the
-            bits of ``policy="none"`` are not kept, and without ``preserve_rng_state`` a recompute
-            draws other ones.
+        fn: ``fn(rows_e [n, H], row_data_e, weights_e) -> out_e [n, H]``, called once per segment
+            with rows, under the caller's autocast; all floating inputs get gradients. Inputs are
+            overwritten before backward: fn must not keep them in a closure, in ``ctx`` attributes
+            of a custom Function (its save_for_backward is fine), or in a checkpoint inside fn.
+            Dropout works, but its bits are not those of ``policy="none"``: where experts move,
+            random numbers are drawn in another order.
     Returns:
         An ExpertCompute without state of its own, for any number of layers.
-    Raises (from forward, the message names the segment):
-        ValueError: out_e is not a tensor of the shape and dtype of its part of ``out``; fn changed
-            an input in place, or an intermediate that its own backward needs.
-    Raises (from backward_rows):
-        RuntimeError: ``saved.tensors`` of a recompute are not those the graph expects, segments
-            differ from forward's, or an input has another shape, dtype or stride than in forward.
+    Raises:
+        ValueError: (forward, names the segment) out_e has another shape or dtype than ``out``, or
+            fn changed in place an input or an intermediate that its own backward needs.
+        RuntimeError: (backward_rows) segments, saved tensors or inputs have other shapes, dtypes
+            or strides than in the first forward.
     """
     return _FunctionCompute(fn)
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
-    """A saved tensor that is a view of input ``leaf_idx``, without its data."""
+class _View(NamedTuple):
+    """A saved tensor that is a view of input ``leaf_idx``: everything but its data."""
 
     leaf_idx: int
     offset_bytes: int
@@ -368,7 +342,7 @@ class _View:
 
 
 class _SavedByGraph:
-    """Stands between the graphs of one forward and the tensors they saved.
+    """Stands between the graphs of one forward and the tensors they save: the hooks.
 
     The graphs own this object. It holds tensors only while forward or backward runs.
     """
@@ -376,29 +350,23 @@ class _SavedByGraph:
     def __init__(self) -> None:
         self.leaves: list[Tensor] = []  # inputs of all segments with rows, in their order
         self.tensors: list[Tensor] = []
-        self._first_leaf = 0
-        self._versions: list[tuple[Tensor, int]] = []
+        self.versions: list[int] = []  # of tensors, when they were saved
+        self.first_leaf = 0  # of the segment now in forward
 
-    def open_segment(self, leaves: Sequence[Tensor]) -> None:
-        self._first_leaf = len(self.leaves)
-        self.leaves.extend(leaves)
-        self._versions = []
-
-    def close_segment(self, where: str) -> None:
-        """Check that no saved tensor was changed: with hooks set, autograd does not."""
-        if any(tensor._version != version for tensor, version in self._versions):
-            raise ValueError(
-                f"{where}: fn changed in place an intermediate that its own backward needs. "
-                "Use the out-of-place operation."
-            )
+    def bind(self, leaves: list[Tensor], tensors: Sequence[Tensor]) -> None:
+        self.leaves, self.tensors = leaves, list(tensors)
 
     def pack(self, tensor: Tensor) -> _View | int:
-        view = self._as_view(tensor)
-        if view is not None:
-            return view
-        kept = tensor.detach() if tensor.numel() else torch.empty_like(tensor)
-        self._versions.append((kept, kept._version))
-        self.tensors.append(kept)
+        # One arena is one storage, so equal storage alone does not tell which input it is.
+        storage, (start, end) = tensor.untyped_storage().data_ptr(), _byte_range(tensor)
+        for i, leaf in enumerate(self.leaves[self.first_leaf :], start=self.first_leaf):
+            leaf_start, leaf_end = _byte_range(leaf)
+            is_inside = leaf_start <= start and end <= leaf_end
+            if is_inside and leaf.untyped_storage().data_ptr() == storage:
+                offset = start - leaf_start
+                return _View(i, offset, tensor.size(), tensor.stride(), tensor.dtype)
+        self.tensors.append(tensor.detach() if tensor.numel() else torch.empty_like(tensor))
+        self.versions.append(self.tensors[-1]._version)
         return len(self.tensors) - 1
 
     def unpack(self, key: _View | int) -> Tensor:
@@ -410,26 +378,13 @@ class _SavedByGraph:
         offset = offset_bytes // view.element_size()
         return view.set_(leaf.untyped_storage(), offset, key.size, key.stride)
 
-    def bind(self, leaves: list[Tensor], tensors: Sequence[Tensor]) -> None:
-        self.leaves, self.tensors, self._versions = leaves, list(tensors), []
-
-    def _as_view(self, tensor: Tensor) -> _View | None:
-        # One arena is one storage, so equal storage alone does not tell which input it is.
-        for i, leaf in enumerate(self.leaves[self._first_leaf :], start=self._first_leaf):
-            if tensor.untyped_storage().data_ptr() == leaf.untyped_storage().data_ptr():
-                (start, end), (view_start, view_end) = _byte_range(leaf), _byte_range(tensor)
-                if start <= view_start and view_end <= end:
-                    offset = view_start - start
-                    return _View(i, offset, tensor.size(), tensor.stride(), tensor.dtype)
-        return None
-
 
 class _Enter(torch.autograd.Function):
     """Lets the inputs of fn enter its graph without being its leaves.
 
-    The AccumulateGrad node of a leaf owns the leaf, and so the arena or all rows of the micro-batch
-    until backward. Here the graph ends in this node, which owns the empty ``anchor`` only, and
-    backward asks for the gradients at this node's edges.
+    The AccumulateGrad node of a leaf owns the leaf, and so the arena or the rows of the whole
+    micro-batch until backward. Here the graph ends in this node, which owns an empty anchor, and
+    backward asks for the gradients at this node's outputs.
     """
 
     @staticmethod
@@ -441,36 +396,16 @@ class _Enter(torch.autograd.Function):
         return None, None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _FunctionState:
-    """The graphs of one forward, without data. Lists run over segments with rows."""
+class _Graphs(NamedTuple):
+    """``Saved.state``: the graphs of one forward, without data."""
 
-    segments: tuple[Segment, ...]
     by_graph: _SavedByGraph
-    outputs: list[GradientEdge | None]  # None: fn's result depends on no floating input
-    inputs: list[GradientEdge | None]  # per segment: rows, row_data, weights
-    input_layouts: list[tuple[object, ...]]
-    tensor_layouts: list[tuple[object, ...]]
+    layout: list[tuple[str, object]]  # what backward must find again
+    outputs: list[GradientEdge | None]  # per segment with rows; None: depends on no floating input
+    inputs: list[GradientEdge | None]  # per segment with rows: rows, row_data, weights
 
-    def check(self, segments: Sequence[Segment], leaves: list[Tensor], saved: Saved) -> None:
-        if tuple(segments) != self.segments:
-            raise RuntimeError(
-                f"as_compute(fn) backward: segments {list(segments)}, expected forward's "
-                f"{list(self.segments)}. A recompute made another plan; use a deterministic router."
-            )
-        seen = [(t.size(), t.dtype) for t in saved.tensors]
-        if seen != self.tensor_layouts:
-            raise RuntimeError(
-                f"as_compute(fn) backward: a forward saved {len(seen)} tensors, expected the "
-                f"{len(self.tensor_layouts)} of the first forward, in their shapes and dtypes. "
-                "fn did something else when it was recomputed; make it deterministic."
-            )
-        for leaf, layout in zip(leaves, self.input_layouts, strict=True):
-            if _layout(leaf) != layout:
-                raise RuntimeError(
-                    f"as_compute(fn) backward: an input has (size, dtype, stride) "
-                    f"{_layout(leaf)}, expected {layout} as in forward."
-                )
+
+_NEEDED = "an intermediate that its own backward needs"
 
 
 class _FunctionCompute(ExpertCompute):
@@ -482,56 +417,50 @@ class _FunctionCompute(ExpertCompute):
         self, rows: Tensor, row_data: Sequence[Tensor], segments: Sequence[Segment],
         weights: Weights, *, out: Tensor, save: bool,
     ) -> Saved:
-        by_graph = _SavedByGraph()
-        outputs: list[GradientEdge | None] = []
-        inputs: list[GradientEdge | None] = []
-        layouts: list[tuple[object, ...]] = []
-        anchor = torch.empty(0, requires_grad=True)
-        for k, (span, _, weight_idx) in enumerate(_spans(segments)):
-            where = f"as_compute(fn) (segment {k}, rows {span.start} to {span.stop - 1}, "
-            where += f"weight index {weight_idx})"
-            given = _inputs(rows, row_data, weights, span, weight_idx)
+        graphs = _Graphs(_SavedByGraph(), [], [], [])
+        by_graph, anchor = graphs.by_graph, torch.empty(0, requires_grad=True)
+        leaves = _leaves(rows, row_data, segments, weights)
+        for k, (inputs, (span, _, weight_idx)) in enumerate(
+            zip(leaves, _spans(segments), strict=True)
+        ):
+            where = (
+                f"as_compute(fn) (segment {k}, rows {span.start} to {span.stop - 1}, "
+                f"weight index {weight_idx})"
+            )
             if not save:
-                self._run([_alias(t) for t in given], len(row_data), out[span], where)
+                self._run([_alias(t) for t in inputs], len(row_data), out[span], where)
                 continue
             with torch.enable_grad(), saved_tensors_hooks(by_graph.pack, by_graph.unpack):
-                entered = _Enter.apply(anchor, given)
-                inputs += [_edge(t) for t in entered]
-                by_graph.open_segment(entered)
-                outputs.append(self._run(entered, len(row_data), out[span], where))
-                by_graph.close_segment(where)
-            layouts += [_layout(t) for t in given]
+                entered = _Enter.apply(anchor, inputs)
+                graphs.inputs.extend(_edge(t) for t in entered)
+                by_graph.first_leaf = len(by_graph.leaves)
+                by_graph.leaves.extend(entered)
+                graphs.outputs.append(self._run(entered, len(row_data), out[span], where))
+                # Autograd makes this check itself only where no hooks are set.
+                _check_unchanged(by_graph.tensors, by_graph.versions, where, _NEEDED)
         if not save:
             return Saved(())
-        tensors = tuple(by_graph.tensors)
+        saved = Saved(tuple(by_graph.tensors), graphs)
+        graphs.layout.extend(_layout(segments, saved.tensors, leaves))
         by_graph.bind([], ())
-        state = _FunctionState(
-            segments=tuple(segments), by_graph=by_graph, outputs=outputs, inputs=inputs,
-            input_layouts=layouts, tensor_layouts=[(t.size(), t.dtype) for t in tensors],
-        )
-        return Saved(tensors, state)
+        return saved
 
     def _run(
         self, inputs: Sequence[Tensor], num_row_data: int, out: Tensor, where: str
     ) -> GradientEdge | None:
-        """Run fn on one segment, check what it did, and copy its result to ``out``."""
-        tracked = not torch.is_inference_mode_enabled()
-        versions = [t._version for t in inputs] if tracked else []
-        row_data, weights = inputs[1 : 1 + num_row_data], inputs[1 + num_row_data :]
-        result = self._fn(inputs[0], tuple(row_data), tuple(weights))
-        for i, version in enumerate(versions):
-            if inputs[i]._version != version:
-                name = ["rows", *["row_data"] * len(row_data), *["weights"] * len(weights)][i]
-                raise ValueError(
-                    f"{where}: fn changed its {name} in place. Use the out-of-place operation."
-                )
-        if not isinstance(result, Tensor):
-            raise ValueError(f"{where}: fn returned {type(result).__name__}, expected a Tensor.")
-        if result.shape != out.shape or result.dtype != out.dtype:
-            raise ValueError(
-                f"{where}: fn returned {tuple(result.shape)} {result.dtype}, expected "
-                f"{tuple(out.shape)} {out.dtype}."
-            )
+        """Run fn on one segment, check what it did, copy its result; where its gradient enters."""
+        versions = _versions(inputs)
+        first_weight = 1 + num_row_data
+        result = self._fn(inputs[0], tuple(inputs[1:first_weight]), tuple(inputs[first_weight:]))
+        _check_unchanged(inputs, versions, where, "an input")
+        seen = (
+            f"{tuple(result.shape)} {result.dtype}"
+            if isinstance(result, Tensor)
+            else type(result).__name__
+        )
+        expected = f"{tuple(out.shape)} {out.dtype}"
+        if seen != expected:
+            raise ValueError(f"{where}: fn returned {seen}, expected {expected}.")
         out.copy_(result.detach())
         return _edge(result)
 
@@ -541,22 +470,27 @@ class _FunctionCompute(ExpertCompute):
         segments: Sequence[Segment], weights: Weights, saved: Saved, *, grad_rows: Tensor,
         grad_row_data: Sequence[Tensor | None],
     ) -> tuple[Tensor, ...]:
-        spans = list(_spans(segments))
-        leaves = [
-            t for span, _, idx in spans for t in _inputs(rows, row_data, weights, span, idx)
-        ]
-        assert isinstance(saved.state, _FunctionState), "saved is not from this compute"
-        saved.state.check(segments, leaves, saved)
-        grads = iter(_gradients(saved, leaves, [grad_out[span] for span, _, _ in spans]))
-        carry = []
-        for span, _, _ in spans:
+        graphs = saved.state
+        assert isinstance(graphs, _Graphs), "saved is not from as_compute"
+        leaves = _leaves(rows, row_data, segments, weights)
+        for seen, expected in zip(
+            _layout(segments, saved.tensors, leaves), graphs.layout, strict=True
+        ):
+            if seen != expected:
+                raise RuntimeError(
+                    f"as_compute(fn) backward: {seen[0]} {seen[1]}, expected {expected[1]} as in "
+                    "the first forward. fn or the routing changed when forward was recomputed; "
+                    "make both deterministic."
+                )
+        flat = [leaf for inputs in leaves for leaf in inputs]
+        grads = iter(_gradients(graphs, flat, saved, [grad_out[s] for s, _, _ in _spans(segments)]))
+        carry: list[Tensor] = []
+        for span, _, _ in _spans(segments):
             for target in (grad_rows, *grad_row_data):
                 grad = next(grads)
                 if target is not None:
-                    target[span].copy_(torch.zeros(()) if grad is None else grad)
-            for _ in weights:
-                grad = next(grads)
-                carry.append(torch.zeros(()) if grad is None else grad)
+                    target[span].copy_(grad)
+            carry.extend(next(grads) for _ in weights)
         return tuple(carry)
 
     @torch.no_grad()
@@ -567,57 +501,83 @@ class _FunctionCompute(ExpertCompute):
     ) -> None:
         for t, targets in enumerate(grad_weights):
             if targets is not None:
-                _sum_into_weights(segments, targets, partial(_copy, carry[t :: len(grad_weights)]))
+                parts = carry[t :: len(grad_weights)]
+                _sum_into_weights(segments, targets, parts, lambda grad, out: out.copy_(grad))
 
 
 def _gradients(
-    saved: Saved, leaves: list[Tensor], grad_outs: list[Tensor]
-) -> list[Tensor | None]:
-    """Per leaf its gradient, None where fn did not use it; all segments in one engine run."""
-    state = cast(_FunctionState, saved.state)
-    roots = [(edge, g) for edge, g in zip(state.outputs, grad_outs, strict=True) if edge]
-    edges = [edge for edge in state.inputs if edge]
-    if not roots or not edges:
-        return [None] * len(leaves)
-    state.by_graph.bind(leaves, saved.tensors)
-    try:
-        found = iter(
-            torch.autograd.grad(
-                [edge for edge, _ in roots], edges, [g for _, g in roots],
-                retain_graph=True, allow_unused=True,
-            )
-        )
-    finally:
-        state.by_graph.bind([], ())
-    return [next(found) if edge else None for edge in state.inputs]
-
-
-def _copy(grads: tuple[Tensor, ...], k: int, target: Tensor) -> None:
-    target.copy_(grads[k])
-
-
-def _inputs(
-    rows: Tensor, row_data: Sequence[Tensor], weights: Weights, span: slice, weight_idx: int
+    graphs: _Graphs, leaves: list[Tensor], saved: Saved, grad_outs: list[Tensor]
 ) -> list[Tensor]:
-    return [rows[span], *(data[span] for data in row_data), *(w[weight_idx] for w in weights)]
+    """Per leaf its gradient, zero where fn did not use it; all segments in one engine run."""
+    roots = [(edge, g) for edge, g in zip(graphs.outputs, grad_outs, strict=True) if edge]
+    edges = [edge for edge in graphs.inputs if edge]
+    found: Iterator[Tensor | None] = iter(())
+    graphs.by_graph.bind(leaves, saved.tensors)
+    try:
+        if roots and edges:
+            found = iter(
+                torch.autograd.grad(
+                    [edge for edge, _ in roots], edges, [g for _, g in roots],
+                    retain_graph=True, allow_unused=True,
+                )
+            )
+    finally:
+        graphs.by_graph.bind([], ())
+    grads = [next(found, None) if edge else None for edge in graphs.inputs]
+    return [
+        leaf.new_zeros(()) if grad is None else grad
+        for leaf, grad in zip(leaves, grads, strict=True)
+    ]
+
+
+def _leaves(
+    rows: Tensor, row_data: Sequence[Tensor], segments: Sequence[Segment], weights: Weights
+) -> list[list[Tensor]]:
+    """Per segment with rows, the inputs of fn in a row: rows, row_data, weights."""
+    return [
+        [rows[span], *(data[span] for data in row_data), *(w[weight_idx] for w in weights)]
+        for span, _, weight_idx in _spans(segments)
+    ]
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """The same memory with a version counter and history of its own."""
+    """The same memory with a history and version counter of its own."""
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(
-        tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride()
-    )
+    size, stride = tensor.size(), tensor.stride()
+    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), size, stride)
 
 
 def _edge(tensor: Tensor) -> GradientEdge | None:
-    """Where a gradient of ``tensor`` enters the graph; owns the node, not the data."""
+    """Where a gradient of ``tensor`` enters the graph: owns the node, not the data."""
     return get_gradient_edge(tensor) if tensor.requires_grad else None
 
 
-def _layout(tensor: Tensor) -> tuple[object, ...]:
-    stride = tuple(s if n > 1 else 0 for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.size(), tensor.dtype, stride
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+def _check_unchanged(
+    tensors: Sequence[Tensor], versions: list[int], where: str, what: str
+) -> None:
+    if _versions(tensors) != versions:
+        raise ValueError(
+            f"{where}: fn changed {what} in place. Use the out-of-place operation there."
+        )
+
+
+def _layout(
+    segments: Sequence[Segment], saved: Sequence[Tensor], leaves: list[list[Tensor]]
+) -> list[tuple[str, object]]:
+    """What the graphs of a forward take for granted. The stride of a dimension of 1 is free."""
+    inputs = [t for segment_inputs in leaves for t in segment_inputs]
+    strides = [[s for n, s in zip(t.shape, t.stride(), strict=True) if n > 1] for t in inputs]
+    return [
+        ("segments are", list(segments)),
+        ("number of saved tensors is", len(saved)),
+        ("saved shapes and dtypes are", [(tuple(t.shape), t.dtype) for t in saved]),
+        ("input shapes and dtypes are", [(tuple(t.shape), t.dtype) for t in inputs]),
+        ("input strides are", strides),
+    ]
 
 
 def _byte_range(tensor: Tensor) -> tuple[int, int]:

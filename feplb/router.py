@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 SCORINGS = ("softmax", "sigmoid")
@@ -69,9 +68,7 @@ class TopKRouter(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(
-        self, std: float = 0.02, generator: torch.Generator | None = None
-    ) -> None:
+    def reset_parameters(self, std: float = 0.02, generator: torch.Generator | None = None) -> None:
         """Draw the weight from N(0, std) on the CPU, zero the bias and what was counted."""
         draw = torch.randn(self.weight.shape, generator=generator, device="cpu")
         self.weight.copy_(draw * std)
@@ -87,14 +84,17 @@ class TopKRouter(nn.Module):
         """
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         with torch.autocast(tokens.device.type, enabled=False):
-            logits = F.linear(tokens.to(dtype), self.weight.to(dtype))
+            logits = nn.functional.linear(tokens.to(dtype), self.weight.to(dtype))
             scores = logits.softmax(-1) if self.scoring == "softmax" else logits.sigmoid()
             topk_idx = self._select(scores.detach())
             topk_weights = scores.gather(1, topk_idx)
             if self.normalize_topk:
                 tiny = torch.finfo(dtype).tiny  # sigmoid scores may all underflow to zero
                 topk_weights = topk_weights / topk_weights.sum(-1, keepdim=True).clamp_min(tiny)
-        self._count(topk_idx)
+        # Of a reentrant checkpoint's two passes only one is in grad mode. Other checkpoints count
+        # every token twice, which the bias does not see: it compares with the mean.
+        if self.training and torch.is_grad_enabled():
+            self._count(topk_idx)
         return topk_idx, topk_weights
 
     def _select(self, scores: Tensor) -> Tensor:
@@ -106,12 +106,9 @@ class TopKRouter(nn.Module):
 
     @torch.no_grad()
     def _count(self, topk_idx: Tensor) -> None:
-        # Grad mode, so that of a reentrant checkpoint's two passes only one counts. Other
-        # checkpoints count twice; update_bias compares counts only with their mean.
-        if self.routed_counts is None or not self.training or not torch.is_grad_enabled():
-            return
-        choices = topk_idx.reshape(-1)
-        self.routed_counts.scatter_add_(0, choices, torch.ones_like(choices))
+        if self.routed_counts is not None:
+            choices = topk_idx.reshape(-1)
+            self.routed_counts.scatter_add_(0, choices, torch.ones_like(choices))
 
     @torch.no_grad()
     def update_bias(self, group: dist.ProcessGroup | None = None) -> None:
@@ -134,7 +131,7 @@ class TopKRouter(nn.Module):
         self.routed_counts.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKRouter:
-        """Keep the bias in fp32 under .bfloat16() and the like: its steps are too small for that."""
+        """Keep the bias in fp32 under .bfloat16() and the like: its steps would be lost."""
         before = self.expert_bias
         super()._apply(fn, recurse)
         after = self.expert_bias

@@ -46,7 +46,7 @@ class _Rank:
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """What a rank says when fn has ended. A rank that died said nothing: no payload, only a text."""
+    """What a rank says when fn has ended. One that died said nothing: no payload, only a text."""
 
     when: float  # monotonic clock, which all processes share
     payload: bytes  # the pickled result, or the pickled exception
@@ -190,7 +190,9 @@ def _call_fn(call: _Call, rank_idx: int) -> _Report:
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(str(Path(call.folder) / "store"), call.num_ranks),
+            store=dist.FileStore(  # type: ignore[attr-defined]
+                str(Path(call.folder) / "store"), call.num_ranks
+            ),
             rank=rank_idx,
             world_size=call.num_ranks,
             timeout=timedelta(seconds=call.timeout_s),

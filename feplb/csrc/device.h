@@ -73,6 +73,15 @@ struct LaneStats {
   int64_t copy_thread_cpu_ns = 0;  // CPU time of the lane's own threads
 };
 
+// One rank's mover and watchdog as steps, for a lane that runs them itself (the simulation).
+struct Crew {
+  const Bell* mover_bell;                   // the mover has a reason to step once it rang
+  std::function<bool()> mover_step;         // true if it got anything done
+  std::function<bool()> awaits_release;     // the mover must step without a ring, too
+  std::function<void()> watchdog_look;      // never calls the driver
+  std::function<void(int rank)> peer_died;  // as the watchdog notices it
+};
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -99,8 +108,12 @@ class Device {
   virtual WaitResult wait_host(Bell& bell, const std::function<bool()>& done,
                                const WaitLimits& limits);
 
-  // A lane that runs the mover's steps itself (the simulation) takes it and returns true.
-  virtual bool drive(const std::function<bool()>& /*mover_step*/) { return false; }
+  // A lane that runs mover and watchdog itself takes them, until stop(), and returns true.
+  virtual bool drive(Crew /*crew*/) { return false; }
+
+  // After a failure: returns once no accepted copy reads the caller's memory any more, where copies
+  // end without any peer's help (host). Elsewhere the caller's memory is reused in stream order.
+  virtual void finish_copies() noexcept {}
 
   // Flags written on the compute stream are visible at once, so the writer may ring for them.
   virtual bool is_inline() const = 0;

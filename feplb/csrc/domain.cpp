@@ -53,7 +53,13 @@ Domain::~Domain() {
 
 void Domain::open() {
   board_.set_state(config_.rank, RankState::kOpen);
-  if (device_->drive([this] { return mover_.step(); })) return;
+  Crew crew;
+  crew.mover_bell = &board_.bell(config_.rank);
+  crew.mover_step = [this] { return mover_.step(); };
+  crew.awaits_release = [this] { return mover_.awaits_release(); };
+  crew.watchdog_look = [this] { watchdog_.look(); };
+  crew.peer_died = [this](int rank) { watchdog_.peer_died(rank); };
+  if (device_->drive(std::move(crew))) return;
   const std::string name = cat("feplb-", config_.rank);
   mover_thread_ = Worker(name + "-mover", [this] { mover_.run(); });
   watchdog_thread_ = Worker(name + "-watch", [this] { watchdog_.run(); });
@@ -102,7 +108,16 @@ std::string Domain::where(const char* phase) const {
   return text + ")";
 }
 
+// The caller frees its tensors once it hears of a failure: by then no copy may read them.
+void Domain::let_go_of_inputs() {
+  static const std::atomic<bool> kNever{false};
+  const auto done = [this] { return mover_.cancelled(); };
+  device_->wait_host(caller_bell_, done, WaitLimits{limits().deadline, &kNever});
+  device_->finish_copies();
+}
+
 void Domain::raise(const std::string& what) {
+  let_go_of_inputs();
   throw Error(cat(what,
                   ". The Balancer is closed on every rank; results of this step must not be "
                   "used. Restart the job from its last checkpoint, or build a new Balancer "
@@ -165,7 +180,10 @@ void Domain::post_rows(const CallSources& sources, const std::vector<int64_t>& f
 }
 
 void Domain::handshake(Level level, const char* phase) {
-  if (!fence_on(Fence::kHandshake)) return;
+  if (fence_on(Fence::kHandshake)) await_submitted(level, phase);
+}
+
+void Domain::await_submitted(Level level, const char* phase) {
   const auto done = [this, level] { return mover_.submitted(level); };
   const WaitResult result = device_->wait_host(caller_bell_, done, limits());
   if (!done()) settle(result, phase, mover_.withheld());
@@ -254,7 +272,7 @@ void Domain::release_returns() {
 
 void Domain::finish() {
   constexpr const char* kPhase = "submitting the call's last copies";
-  if (grads_posted_) handshake(Level::kGrads, kPhase);
+  await_submitted(grads_posted_ ? Level::kGrads : Level::kReturns, kPhase);
   if (fence_on(Fence::kDrainInputs) && !mover_.agreement().route.sent.empty()) {
     const int half = region_half(kRowsRegion, call_.seq);
     await_event(mover_.last_push(kRowsRegion, half), kPhase);
@@ -278,6 +296,7 @@ void Domain::release_grads(uint64_t seq) {
 
 void Domain::fail(const std::string& text) {
   failure_.poison(text);
+  let_go_of_inputs();
   in_call_ = false;
 }
 

@@ -107,7 +107,9 @@ class Domain {
   void await_flag(int src_rank, FlagKind kind, uint64_t seq, const char* phase);
   void await_event(Event event, const char* phase);
   void release(Region region, uint64_t seq);
+  void await_submitted(Level level, const char* phase);
   void settle(WaitResult result, const char* phase, const std::string& missing);
+  void let_go_of_inputs();
   [[noreturn]] void raise(const std::string& what);
   std::string where(const char* phase) const;
   bool forked() const;

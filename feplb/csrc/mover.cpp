@@ -13,6 +13,16 @@ constexpr std::chrono::milliseconds kNap{500};
 // Releases written by a device ring no bell: while one is awaited, look this often.
 constexpr std::chrono::microseconds kReleasePoll{20};
 
+// While it lives the mover is calling the driver; tells the caller when it is done, or has thrown.
+struct DriverMark {
+  std::atomic<bool>& mark;
+  Bell& caller_bell;
+  ~DriverMark() {
+    mark.store(false);
+    caller_bell.ring(kJobRing);
+  }
+};
+
 std::string describe(const CallHeader& header) {
   if (header.kind == CallKind::kCheck) return "check()";
   return cat(call_kind_name(header.kind), " of layer ", header.layer, ", micro-batch ",
@@ -83,6 +93,8 @@ void Mover::begin(CallHeader header, std::vector<Move> saved_moves) {
     live_ = true;
   }
   board_.publish(rank_, header_);
+  // Its own mover may still sleep as it did in the last call, when it wanted jobs and no headers.
+  board_.bell(rank_).ring(kJobRing);
   for (int rank = 0; rank < board_.num_ranks(); ++rank) board_.bell(rank).ring(kHeaderRing);
 }
 
@@ -118,6 +130,12 @@ void Mover::end() {
   live_ = false;
 }
 
+bool Mover::cancelled() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  live_ = false;
+  return !in_driver_.load();
+}
+
 // Every rank knows the whole plan, hence which halves the next pusher must find released.
 void Mover::note_uses() {
   const auto note = [this](int rank, Region region) {
@@ -136,6 +154,17 @@ void Mover::note_uses() {
 }
 
 bool Mover::step() {
+  try {
+    return try_step();
+  } catch (const std::exception& error) {
+    failure_.poison(cat("the mover failed: ", error.what()));
+    return false;
+  }
+}
+
+bool Mover::try_step() {
+  // Whoever aborts rings every mover: no need to wait for the watchdog's next look.
+  if (!failure_.poisoned() && board_.aborted()) failure_.poison(board_.abort_text());
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!live_ || failure_.poisoned()) return false;
@@ -214,6 +243,7 @@ bool Mover::try_submit() {
   Event event;
   int level = 0;
   if (!take_releasable(ready, event, level)) return false;
+  const DriverMark mark{in_driver_, caller_bell_};
   std::vector<Event> events;
   for (const Push& push : ready) {
     submit(push, event);
@@ -223,10 +253,7 @@ bool Mover::try_submit() {
   for (std::size_t i = 0; i < ready.size(); ++i) {
     last_push_[ready[i].region][region_half(ready[i].region, header_.seq)] = events[i];
   }
-  if (jobs_[level].pushes.empty()) {
-    submitted_level_.store(level, std::memory_order_release);
-    caller_bell_.ring(kJobRing);
-  }
+  if (jobs_[level].pushes.empty()) submitted_level_.store(level, std::memory_order_release);
   return true;
 }
 
@@ -242,6 +269,7 @@ bool Mover::take_releasable(std::vector<Push>& ready, Event& event, int& level) 
                                               [this](const Push& p) { return is_released(p); });
   ready.assign(std::make_move_iterator(job.pushes.begin()), std::make_move_iterator(withheld));
   job.pushes.erase(job.pushes.begin(), withheld);
+  in_driver_.store(!ready.empty());
   return !ready.empty() || job.pushes.empty();
 }
 
@@ -297,6 +325,13 @@ std::string Mover::withheld() const {
   return text;
 }
 
+bool Mover::awaits_release() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!live_ || failure_.poisoned()) return false;
+  const int level = submitted_level_.load() + 1;
+  return level < kNumLevels && !jobs_[level].pushes.empty();
+}
+
 // What the mover needs to be woken for, in its present state.
 uint32_t Mover::wanted() const {
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -308,14 +343,10 @@ void Mover::run() noexcept {
   Bell& bell = board_.bell(rank_);
   while (!stopping_.load(std::memory_order_acquire)) {
     const uint32_t seen = bell.rings();
-    try {
-      if (step()) continue;
-      const bool polls = !device_.is_inline() && !withheld().empty();
-      const auto nap = polls ? Clock::duration(kReleasePoll) : Clock::duration(kNap);
-      bell.sleep(seen, wanted(), Clock::now() + nap);
-    } catch (const std::exception& error) {
-      failure_.poison(cat("the mover failed: ", error.what()));
-    }
+    if (step()) continue;
+    const bool polls = !device_.is_inline() && awaits_release();
+    const auto nap = polls ? Clock::duration(kReleasePoll) : Clock::duration(kNap);
+    bell.sleep(seen, wanted(), Clock::now() + nap);
   }
 }
 

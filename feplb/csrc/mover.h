@@ -55,12 +55,15 @@ class Mover {
   // The last event of what `stream` was given for this rank's pushes of a region's half.
   Event last_push(Region region, int half) const;
   void end();
+  // After a failure: submits no more; true once the mover is out of the driver.
+  bool cancelled();
   std::string missing_headers() const;  // "rank 2 (last seen: forward of layer 0, ...)", for errors
   std::string withheld() const;         // what the submission waits for, for errors
 
   // -- the mover's side --
-  bool step();          // one poll; true if it got anything done
-  void run() noexcept;  // the thread's body: steps and sleeps until stop()
+  bool step();            // one poll; true if it got anything done; an error poisons the call
+  bool awaits_release();  // a push is withheld until a peer's device has written a flag
+  void run() noexcept;    // the thread's body: steps and sleeps until stop()
   void stop() noexcept;
 
  private:
@@ -70,6 +73,7 @@ class Mover {
     std::vector<Push> pushes;  // not yet submitted
   };
 
+  bool try_step();
   bool try_plan();
   void choose_moves();
   bool check_headers(const std::vector<CallHeader>& headers);
@@ -100,6 +104,7 @@ class Mover {
   Event last_push_[kNumRegions][kNumHalves];
   std::atomic<bool> planned_{false};
   std::atomic<int> submitted_level_{0};
+  std::atomic<bool> in_driver_{false};  // set under mutex_
   std::atomic<bool> stopping_{false};
 };
 

@@ -34,7 +34,7 @@ struct PlanLimits {
   int32_t num_dynamic = 0;      // the last num_dynamic local experts of each rank may move
   int32_t num_slots = 0;        // received experts a helper can hold
   int32_t num_grad_slots = 0;   // moves an owner can take weight grads back from
-  int32_t min_tokens = 1;       // fewest rows worth a move, at least 1 (paper: tau)
+  int32_t min_tokens = 1;       // fewest rows worth a move; 0 means 1 (paper: tau)
   int64_t max_recv_rows = 0;    // rows a helper can take in
   int64_t max_return_rows = 0;  // rows an owner can get back
 };
@@ -64,7 +64,8 @@ struct PlanScratch {
 };
 
 // Fills `plan` (its old content is discarded). Throws UserError on a policy it does not know, on
-// limits or sizes that mean nothing, and on a negative count; `plan` is then empty.
+// limits or sizes that mean nothing, and, if it reads counts, on a negative one; `plan` is then
+// empty.
 void make_plan(Policy policy, const PlanInput& input, PlanScratch& scratch, Plan& plan);
 
 // "none", "greedy" -> Policy. Throws UserError, naming the known ones.

@@ -32,7 +32,7 @@ Fd open_pidfd(int rank, pid_t pid) {
 
 Watchdog::Watchdog(int rank, const std::vector<pid_t>& pids, CountBoard& board, Device& device,
                    Failure& failure)
-    : rank_(rank),
+    : pids_(pids),
       board_(board),
       device_(device),
       failure_(failure),
@@ -55,13 +55,17 @@ void Watchdog::run() noexcept {
     try {
       nap();
       look_at_peers();
-      look_at_waits();
-      if (!failure_.poisoned() && board_.aborted()) failure_.poison(board_.abort_text());
-      if (failure_.poisoned() && !device_.compute_drained()) failure_.lift();
+      look();
     } catch (const std::exception& error) {
       failure_.poison(cat("the watchdog failed: ", error.what()));
     }
   }
+}
+
+void Watchdog::look() {
+  look_at_waits();
+  if (!failure_.poisoned() && board_.aborted()) failure_.poison(board_.abort_text());
+  if (failure_.poisoned() && !device_.compute_drained()) failure_.lift();
 }
 
 void Watchdog::nap() {
@@ -78,12 +82,15 @@ void Watchdog::look_at_peers() {
       ++peer;
       continue;
     }
-    if (board_.state(peer->rank) != RankState::kClosed) {
-      failure_.poison(cat("peer rank ", peer->rank, " (pid ", peer->pid,
-                          ") died; last seen: ", board_.last_seen(peer->rank)));
-    }
+    peer_died(peer->rank);
     peer = peers_.erase(peer);
   }
+}
+
+void Watchdog::peer_died(int rank) {
+  if (board_.state(rank) == RankState::kClosed) return;
+  failure_.poison(cat("peer rank ", rank, " (pid ", pids_[static_cast<std::size_t>(rank)],
+                      ") died; last seen: ", board_.last_seen(rank)));
 }
 
 void Watchdog::look_at_waits() {

@@ -26,7 +26,9 @@ class Watchdog {
   // A wait that now lies in a stream: `what` is the sentence to raise when `deadline` passes first.
   void watch(const Flag* flag, Epoch epoch, TimePoint deadline, std::string what);
 
-  void run() noexcept;  // the thread's body
+  void look();               // one look at waits, abort record and lifted flags
+  void peer_died(int rank);  // unless that rank had closed its Balancer before
+  void run() noexcept;       // the thread's body
   void stop() noexcept;
 
  private:
@@ -46,7 +48,7 @@ class Watchdog {
   void look_at_waits();
   void nap();
 
-  int rank_;
+  const std::vector<pid_t> pids_;
   CountBoard& board_;
   Device& device_;
   Failure& failure_;

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from feplb.dispatch.permute import (
+from .permute import (
     RowOrder,
     TokenOrder,
     group_by_expert,

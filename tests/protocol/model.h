@@ -31,7 +31,12 @@
 
 namespace protocol {
 
-constexpr int kMaxQueue = 64;
+constexpr int kMaxQueue = 96;
+
+// An entry of a rank's queue: a compute op's index, or a job's with kJobEntry.
+constexpr uint8_t kJobEntry = 0x80;
+constexpr uint8_t kBegunEntry = 0x40;
+constexpr uint8_t kIndexMask = 0x3f;
 
 enum class Mode : uint8_t {
   kRunning,
@@ -43,17 +48,17 @@ struct RankState {
   uint8_t pc = 0;  // next instruction of the Python thread
   Mode mode = Mode::kRunning;
   bool is_dead = false;
-  bool is_marked = false;        // the watchdog marked the call poisoned and stored the error
-  bool has_lifted = false;       // the watchdog has lifted flags at least once
-  bool has_stopped = false;      // Rule::kLiftUntilCallEnds taken out: it lifts no more
-  bool is_tainted = false;       // the compute stream has read what had not arrived
-  uint8_t lifted_flags = 0;      // inbound flags that read epoch + 2^30
-  uint32_t submitted = 0;        // own jobs the driver has accepted
-  uint32_t begun = 0;            // own jobs whose copy has begun
-  uint32_t ended = 0;            // own jobs whose copy has ended and whose flag is written
-  uint32_t tainted_jobs = 0;     // own jobs that carried tainted data
-  uint8_t num_executed = 0;      // compute ops executed
-  uint8_t queue_length = 0;      // accepted by the driver and not done: ops and jobs
+  bool is_marked = false;     // the watchdog marked the call poisoned and stored the error
+  bool has_lifted = false;    // the watchdog has lifted flags at least once
+  bool has_stopped = false;   // Rule::kLiftUntilCallEnds taken out: it lifts no more
+  bool is_tainted = false;    // the compute stream has read what had not arrived
+  uint8_t lifted_flags = 0;   // inbound flags that read epoch + 2^30
+  uint32_t submitted = 0;     // own jobs the driver has accepted
+  uint32_t begun = 0;         // own jobs whose copy has begun
+  uint32_t ended = 0;         // own jobs whose copy has ended and whose flag is written
+  uint32_t tainted_jobs = 0;  // own jobs that carried tainted data
+  uint8_t num_executed = 0;   // compute ops executed
+  uint8_t queue_length = 0;   // accepted by the driver and not done: ops and jobs
   std::array<uint8_t, kMaxQueue> queue;  // submission order; separate queues: stream by stream
 };
 
@@ -76,6 +81,11 @@ enum class Act : uint8_t {
   kDie,
 };
 
+// The fault a watchdog reacts to first (`arg` of kMark, kLift).
+constexpr uint8_t kNoFault = 0;        // none, or it has been counted already
+constexpr uint8_t kDeadlineFault = 1;  // its deadline expired
+constexpr uint8_t kDeathFault = 2;     // + rank that died
+
 struct Step {
   Act act = Act::kPython;
   uint8_t rank = 0;
@@ -96,13 +106,14 @@ const char* violation_text(Violation violation);
 
 class Model {
  public:
-  explicit Model(const Config& config) : protocol_(build_protocol(config)) {}
+  explicit Model(const Config& config);
 
   const Config& config() const { return protocol_.config; }
   State initial() const;
 
   // All steps possible in `state`. is_stuck: a living rank has not ended its program, and none of
-  // them must happen (a driver call need not block, a mark ends the mover's work, the dead are dead).
+  // them must happen (a driver call need not block, a mark ends the mover's work, the dead are
+  // dead).
   void steps(const State& state, std::vector<Step>* steps, bool* is_stuck) const;
 
   Violation apply(const Step& step, State* state) const;
@@ -116,36 +127,48 @@ class Model {
  private:
   const Program& program(int rank) const { return protocol_.ranks[rank]; }
   const Instr& reached(const RankState& rank, int index) const;
-  bool has_job(int rank, const uint32_t& mask, int job) const;
 
-  // --- what is visible where (model.cpp) ---
+  // --- model.cpp: Python thread, mover, watchdog ---
   bool has_ended(const State& state, int rank) const;
   bool is_released(const State& state, const JobRef& ref) const;
   bool are_released(const State& state, const Job& job) const;
-  bool is_flag_pushed(const State& state, const JobRef& ref) const;
-  bool is_wait_satisfied(const State& state, int rank, const Op& op, bool only_pushed) const;
   bool has_trouble(const State& state, int rank) const;
   bool is_guard_open(const State& state, int rank, const Instr& instr) const;
-
-  // --- steps of each actor (model.cpp, device.cpp) ---
   bool python_steps(const State& state, int rank, std::vector<Step>* steps) const;
   bool mover_steps(const State& state, int rank, std::vector<Step>* steps) const;
   bool watchdog_steps(const State& state, int rank, std::vector<Step>* steps) const;
-  bool device_steps(const State& state, int rank, std::vector<Step>* steps) const;
-  bool can_execute(const State& state, int rank, const Op& op) const;
-  bool can_begin(const State& state, int rank, const Job& job) const;
-
+  static void suffer(uint8_t fault, State* state);
+  void lift(int rank, State* state) const;
+  uint8_t all_flags() const;
+  void enqueue(uint8_t entry, RankState* self, int rank) const;
   void run_instr(int rank, State* state) const;
   Violation submit(int rank, int job, State* state) const;
-  Violation execute(int rank, int place, State* state) const;
-  Violation execute_op(int rank, const Op& op, State* state) const;
+
+  // --- device.cpp ---
+  bool is_flag_pushed(const State& state, const JobRef& ref) const;
+  bool is_wait_satisfied(const State& state, int rank, const Op& op, bool only_pushed) const;
+  bool have_all_reached(const State& state, int op) const;
+  bool can_execute(const State& state, int rank, int index, bool only_pushed) const;
+  bool can_begin(const State& state, int rank, const Job& job) const;
+  bool is_at_head(const RankState& self, int rank, int place) const;
+  int stream_of(int rank, uint8_t entry) const;
+  bool device_steps(const State& state, int rank, std::vector<Step>* steps) const;
   Violation read(int rank, const Op& op, State* state) const;
+  Violation execute_op(int rank, const Op& op, State* state) const;
+  Violation execute(int rank, int place, State* state) const;
+  static void remove(int place, RankState* self);
   Violation begin_copy(int rank, int place, State* state) const;
   void end_copy(int rank, int place, State* state) const;
-  Violation settle(State* state) const;
+  bool is_out_of_sight(const State& state, int rank) const;
   bool settle_rank(int rank, State* state, Violation* violation) const;
+  Violation settle(State* state) const;
+
+  // --- state.cpp ---
+  std::string job_text(int rank, int job) const;
+  std::string entry_text(int rank, uint8_t entry) const;
 
   Protocol protocol_;
+  bool lifts_at_once_;
 };
 
 }  // namespace protocol

@@ -1,0 +1,136 @@
+"""How long does one plan take?
+
+C++ planning on one thread: counts in memory -> plan in memory, capacity checks included. Distinct
+inputs from the calibrated routing, each plan checked before any is timed. Every call is timed alone
+with steady_clock; an input's figure is the median of the passes over all inputs (a pass repeats
+none), less what the clock itself costs (csrc/bindings.cpp, time_each). Percentiles are over inputs.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+from report import Report, Row, arguments, iqr, median, percentile
+
+from feplb import _core
+from feplb.scheduler import PlanLimits, make_plan, plan_violations, token_straggler
+from feplb.scheduler.workloads import calibrated
+
+NUM_LAYERS = 16
+NUM_TOKENS, TOP_K = 4096, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """target_us: the median this size must stay below, where one is promised."""
+
+    ranks: int
+    experts: int
+    num_dynamic: int
+    target_us: float | None = None
+    policy: str = "greedy"
+
+    def limits(self) -> PlanLimits:
+        """8 slots (paper: max_num_dyn) and, each way, as many rows as a rank has on average."""
+        return PlanLimits(
+            num_dynamic=self.num_dynamic,
+            num_slots=8,
+            num_grad_slots=8,
+            min_tokens=64,
+            max_recv_rows=NUM_TOKENS * TOP_K,
+            max_return_rows=NUM_TOKENS * TOP_K,
+        )
+
+
+CASES = (
+    Case(ranks=8, experts=128, num_dynamic=4, target_us=1.0),
+    Case(ranks=8, experts=128, num_dynamic=16, target_us=3.0),
+    Case(ranks=2, experts=128, num_dynamic=4),
+    Case(ranks=2, experts=128, num_dynamic=64),
+    Case(ranks=4, experts=128, num_dynamic=4),
+    Case(ranks=4, experts=128, num_dynamic=32),
+    Case(ranks=8, experts=256, num_dynamic=4),
+    Case(ranks=8, experts=256, num_dynamic=32),
+    Case(ranks=72, experts=288, num_dynamic=4),
+)
+COLUMNS = (
+    *("policy", "ranks", "experts", "num_dynamic", "inputs", "moves_mean"),
+    *("straggler_before", "straggler_after", "us_p50", "us_p99", "us_iqr", "target_us"),
+)
+
+
+def inputs_for(ranks: int, experts: int, num_inputs: int) -> npt.NDArray[np.int32]:
+    """Distinct counts [num_inputs, ranks, experts / ranks] over layers and steps."""
+    counts = [
+        calibrated(
+            ranks,
+            seed=0,
+            layer=index % NUM_LAYERS,
+            step=index // NUM_LAYERS,
+            num_experts=experts,
+            num_tokens=NUM_TOKENS,
+            top_k=TOP_K,
+        )
+        for index in range(num_inputs)
+    ]
+    return np.stack(counts).astype(np.int32)
+
+
+def check_plans(case: Case, inputs: npt.NDArray[np.int32]) -> Row:
+    """What the plans do, once each of them has been found valid."""
+    num_moves, before, after = [], [], []
+    for index, counts in enumerate(inputs):
+        plan = make_plan(case.policy, counts, case.limits())
+        if violations := plan_violations(plan, counts, case.limits()):
+            raise SystemExit(f"{case}, input {index}: " + "; ".join(violations))
+        num_moves.append(len(plan.moves))
+        before.append(token_straggler(plan.loads_before(counts)))
+        after.append(token_straggler(plan.loads_after(counts)))
+    return {
+        "moves_mean": float(np.mean(num_moves)),
+        "straggler_before": float(np.mean(before)),
+        "straggler_after": float(np.mean(after)),
+    }
+
+
+def time_case(case: Case, inputs: npt.NDArray[np.int32], passes: int) -> Row:
+    limits = _core.PlanLimits(**asdict(case.limits()))
+    times_us = _core.time_plans(case.policy, inputs, limits, passes)
+    return {
+        "us_p50": median(times_us),
+        "us_p99": percentile(times_us, 99),
+        "us_iqr": iqr(times_us),
+        "target_us": case.target_us,
+    }
+
+
+def plan_rows(num_inputs: int, passes: int) -> list[Row]:
+    """The C++ part: one row per case, checks first."""
+    rows: list[Row] = []
+    inputs: dict[tuple[int, int], npt.NDArray[np.int32]] = {}
+    for case in CASES:
+        size = case.ranks, case.experts
+        if size not in inputs:
+            inputs[size] = inputs_for(*size, num_inputs // 4 if case.ranks > 8 else num_inputs)
+        sizes = {"policy": case.policy, "ranks": case.ranks, "experts": case.experts}
+        sizes |= {"num_dynamic": case.num_dynamic, "inputs": len(inputs[size])}
+        checked = check_plans(case, inputs[size])
+        rows.append({**sizes, **checked, **time_case(case, inputs[size], passes)})
+    return rows
+
+
+def main(options: Namespace) -> None:
+    num_inputs, passes = (400, 3) if options.quick else (4000, 7)
+    report = Report(bench="plan_latency", lane="none")
+    report.header(threads=1, passes=passes, check="plan_violations")
+    rows = plan_rows(num_inputs, passes)
+    report.table(rows, COLUMNS)
+    print("\nstraggler: max - mean of the rank loads in rows, mean over inputs")
+    report.write(options.json, rows)
+
+
+if __name__ == "__main__":
+    main(arguments(__doc__.splitlines()[0]).parse_args())

@@ -1,0 +1,22 @@
+"""feplb: balances Mixture-of-Experts layers under expert parallelism, per micro-batch.
+
+Importing needs no GPU and no compiler, and starts no thread.
+"""
+
+from .balancer import Balancer, CallRecord, Ticket
+from .compute import ExpertCompute, SwiGLU, as_compute
+from .config import BalancerConfig, LayerSpec, TensorSpec
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Balancer",
+    "BalancerConfig",
+    "CallRecord",
+    "ExpertCompute",
+    "LayerSpec",
+    "SwiGLU",
+    "TensorSpec",
+    "Ticket",
+    "as_compute",
+]

@@ -1,0 +1,215 @@
+"""Every knob of feplb, validated, and the only reader of environment variables.
+
+``BalancerConfig`` is one domain's; ``LayerSpec`` describes one layer's experts. Both are frozen and
+equal on every rank: construction compares them and names the ranks that differ.
+
+Environment (read once, by ``read_environment``): ``FEPLB_LOG`` a logging level for the ``feplb``
+logger; ``FEPLB_LANE`` the lane where the config says ``lane="auto"``; ``FEPLB_OFF=1`` turns every
+policy into ``none``. Any other ``FEPLB_*`` variable is an error: a misspelt switch must not pass
+silently.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+LANES = ("auto", "host")
+POLICIES = ("none", "greedy")
+_KNOWN_VARIABLES = ("FEPLB_LOG", "FEPLB_LANE", "FEPLB_OFF")
+# Measured: GEMM bits change with 1 to 3 rows at addresses that are not multiples of this.
+_BYTE_MULTIPLE = 16
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the process environment says about feplb and the job it runs in."""
+
+    log_level: str | None
+    lane: str | None
+    off: bool
+    job_id: str
+    restart_count: str
+
+
+def read_environment() -> Environment:
+    """Read and check the ``FEPLB_*`` variables, and the job's name as torchrun gives it.
+
+    Raises:
+        ValueError: an unknown ``FEPLB_*`` variable, or a value that is not allowed.
+    """
+    unknown = sorted(name for name in os.environ if name.startswith("FEPLB_"))
+    unknown = [name for name in unknown if name not in _KNOWN_VARIABLES]
+    _require(
+        not unknown,
+        f"unknown environment variable {', '.join(unknown)}; feplb knows "
+        f"{', '.join(_KNOWN_VARIABLES)}. Unset it or correct its name.",
+    )
+    off = os.environ.get("FEPLB_OFF", "0")
+    _require(off in ("0", "1"), f"FEPLB_OFF={off!r}, expected 0 or 1")
+    lane = os.environ.get("FEPLB_LANE")
+    _require(lane is None or lane in LANES, f"FEPLB_LANE={lane!r}, expected one of {LANES}")
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "job")
+    return Environment(
+        log_level=os.environ.get("FEPLB_LOG"),
+        lane=lane,
+        off=off == "1",
+        job_id="".join(c if c.isalnum() else "-" for c in job)[:32],
+        restart_count=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+    )
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one tensor of an expert, or of one row of side data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of one such tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One layer's experts on one rank, the same on every rank of the domain.
+
+    Args:
+        num_local_experts: experts that live on each rank.
+        hidden: row width H, in elements.
+        dtype: of the rows, and of weights whose spec names none.
+        weights: one entry per tensor of an expert: its shape, or a ``TensorSpec``. All tensors of an
+            expert (biases, scales too) move together or the expert does not move.
+        row_data: one entry per side tensor: the ``TensorSpec`` of one row, e.g.
+            ``TensorSpec((), torch.float32)`` for router probabilities [N].
+        max_rows: most rows that may move into, or out of, one rank in one call. Sizes the arena;
+            plans respect it.
+    Raises:
+        ValueError: a size that is not positive, or a row, weight row or bias whose bytes are not a
+            multiple of 16 (the CPU's GEMM would give other bits on a helper).
+    """
+
+    num_local_experts: int
+    hidden: int
+    dtype: torch.dtype
+    weights: tuple[TensorSpec, ...]
+    row_data: tuple[TensorSpec, ...]
+    max_rows: int
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        hidden: int,
+        dtype: torch.dtype,
+        weights: tuple[tuple[int, ...] | TensorSpec, ...],
+        row_data: tuple[TensorSpec, ...] = (),
+        max_rows: int = 0,
+    ) -> None:
+        specs = tuple(w if isinstance(w, TensorSpec) else TensorSpec(tuple(w), dtype) for w in weights)
+        for name, value in (
+            ("num_local_experts", num_local_experts),
+            ("hidden", hidden),
+            ("dtype", dtype),
+            ("weights", specs),
+            ("row_data", tuple(row_data)),
+            ("max_rows", max_rows),
+        ):
+            object.__setattr__(self, name, value)
+        self._validate()
+
+    def _validate(self) -> None:
+        for name in ("num_local_experts", "hidden"):
+            _require(getattr(self, name) > 0, f"LayerSpec.{name}={getattr(self, name)}, expected > 0")
+        _require(self.max_rows >= 0, f"LayerSpec.max_rows={self.max_rows}, expected >= 0")
+        _require(bool(self.weights), "LayerSpec.weights is empty, expected an expert's tensors")
+        _require(len(self.row_data) <= 8, f"{len(self.row_data)} row_data tensors, expected <= 8")
+        _require(len(self.weights) <= 20, f"{len(self.weights)} weight tensors, expected <= 20")
+        _require(
+            self.row_bytes % _BYTE_MULTIPLE == 0,
+            f"a row of hidden={self.hidden} {self.dtype} has {self.row_bytes} bytes, expected a "
+            f"multiple of {_BYTE_MULTIPLE}: unaligned rows change the bits of small GEMMs",
+        )
+        for i, spec in enumerate(self.weights):
+            last = spec.shape[-1] if spec.shape else 1
+            _require(
+                last * spec.dtype.itemsize % _BYTE_MULTIPLE == 0,
+                f"weight {i} of shape {spec.shape} {spec.dtype} has rows of "
+                f"{last * spec.dtype.itemsize} bytes, expected a multiple of {_BYTE_MULTIPLE}",
+            )
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return self.hidden * self.dtype.itemsize
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of one expert's weights."""
+        return sum(spec.num_bytes for spec in self.weights)
+
+    @property
+    def flops_per_row(self) -> int:
+        """Floating-point operations of one row's forward GEMMs."""
+        return 2 * sum(math.prod(spec.shape) for spec in self.weights if len(spec.shape) >= 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BalancerConfig:
+    """How one domain balances.
+
+    Args:
+        policy: ``"greedy"`` (whole experts, the paper's) or ``"none"`` (the reference arm: same
+            compute, no moves).
+        num_dynamic: how many of each rank's experts may move, the last ones (paper: dyn); None: all.
+        num_slots: received experts a rank can hold (paper: max_num_dyn).
+        num_grad_slots: moves whose weight grads an owner can take back in one call; None: num_slots.
+        min_tokens: fewest rows worth a move (paper: tau).
+        deadline_s: longest any wait may last, in seconds; below NCCL's and DeepEP's 100 s.
+        lane: how bytes travel; ``"auto"`` is ``"host"``, the one lane there is so far.
+        gemm_gflops: this rank's expert GEMM rate in 10^9 operations per second, used only to size
+            kept B (the work that hides the way back); None: 50 per CPU thread.
+        lane_gbps: rate of the way back in 10^9 bytes per second; None: as measured at start-up.
+    """
+
+    policy: str = "greedy"
+    num_dynamic: int | None = None
+    num_slots: int = 8
+    num_grad_slots: int | None = None
+    min_tokens: int = 1
+    deadline_s: float = 60.0
+    lane: str = "auto"
+    gemm_gflops: float | None = None
+    lane_gbps: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.policy in POLICIES, f"policy={self.policy!r}, expected one of {POLICIES}")
+        _require(self.lane in LANES, f"lane={self.lane!r}, expected one of {LANES}")
+        for name in ("num_slots", "num_grad_slots", "num_dynamic"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"{name}={value}, expected >= 0")
+        _require(self.min_tokens >= 1, f"min_tokens={self.min_tokens}, expected >= 1")
+        _require(self.deadline_s > 0, f"deadline_s={self.deadline_s}, expected > 0")
+        for name in ("gemm_gflops", "lane_gbps"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name}={value}, expected > 0")
+
+    @property
+    def grad_slots(self) -> int:
+        """Weight-grad slots per owner."""
+        return self.num_slots if self.num_grad_slots is None else self.num_grad_slots
+
+    def dynamic_experts(self, spec: LayerSpec) -> int:
+        """How many of a layer's local experts may move."""
+        if self.num_dynamic is None:
+            return spec.num_local_experts
+        return min(self.num_dynamic, spec.num_local_experts)

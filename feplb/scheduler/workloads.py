@@ -1,0 +1,148 @@
+"""Named synthetic routings: counts from (name, seed, step) alone, for tests and benches.
+
+One place for both, so that a bench cannot measure another workload than the one tested. Drawn with
+RandomState, whose streams NumPy keeps frozen, so a name means the same counts in every version.
+
+Legend: by_source [num_source_ranks, num_experts], selections that the tokens of each rank make;
+counts [ep_size, num_local_experts], the same summed over source ranks, by owner. Rank r owns the
+experts [r * num_local_experts, (r + 1) * num_local_experts).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Rows = npt.NDArray[np.int64]
+Weights = npt.NDArray[np.float64]
+
+# Spread of an expert's log-weight: what a layer keeps from step to step, and what the tokens of each
+# rank add afresh. Fitted to arXiv 2604.19654's mean token stragglers before balancing at EP 2 / 4 / 8,
+# 2278 / 4649 / 6666: these give 2290 / 4490 / 6840 over 60,000 layers. (0.3 and 1.0, an earlier fit
+# to few layers, give 2200 / 4340 / 6730 in the long run, 7 % short at EP 4.)
+LAYER_SPREAD = 0.28
+SOURCE_SPREAD = 1.05
+
+
+def calibrated(
+    ep_size: int,
+    *,
+    seed: int,
+    step: int,
+    layer: int = 0,
+    num_experts: int = 128,
+    num_tokens: int = 4096,
+    top_k: int = 8,
+) -> Rows:
+    """Counts [ep_size, num_local_experts] of the routing that the paper's loads were fitted with.
+
+    Args:
+        ep_size: ranks; must divide num_experts.
+        seed, step, layer: alone decide the counts, together with the sizes below.
+        num_tokens: tokens per source rank, each with top_k selections.
+    Raises:
+        ValueError: ep_size does not divide num_experts, or top_k exceeds num_experts.
+    """
+    by_source = calibrated_by_source(
+        ep_size,
+        seed=seed,
+        step=step,
+        layer=layer,
+        num_experts=num_experts,
+        num_tokens=num_tokens,
+        top_k=top_k,
+    )
+    return by_source.sum(axis=0).reshape(ep_size, -1)
+
+
+def calibrated_by_source(
+    ep_size: int,
+    *,
+    seed: int,
+    step: int,
+    layer: int = 0,
+    num_experts: int = 128,
+    num_tokens: int = 4096,
+    top_k: int = 8,
+) -> Rows:
+    """As calibrated(), by source rank and not yet summed: [ep_size, num_experts].
+
+    The weight of expert e for the tokens of rank r is exp(LAYER_SPREAD * b_e + SOURCE_SPREAD *
+    s_re), both normal, b fixed per layer, s fresh per step. No expert gets more than one of a
+    token's top_k selections, so shares are clipped at 1 / top_k; counts are multinomial.
+    """
+    if ep_size < 1 or num_experts % ep_size:
+        raise ValueError(f"calibrated: ep_size={ep_size}, expected a divisor of {num_experts}")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"calibrated: top_k={top_k}, expected 1 to num_experts={num_experts}")
+    bias = _stream("calibrated layer", seed, layer).standard_normal(num_experts)
+    stream = _stream("calibrated step", seed, layer, step)
+    fresh = stream.standard_normal((ep_size, num_experts))
+    shares = _clipped_shares(np.exp(LAYER_SPREAD * bias + SOURCE_SPREAD * fresh), 1 / top_k)
+    return np.stack([stream.multinomial(num_tokens * top_k, of_rank) for of_rank in shares])
+
+
+def lognormal_loads(
+    num_ranks: int,
+    num_local_experts: int,
+    *,
+    rows_per_expert: int,
+    sigma: float,
+    imbalance: float,
+    seed: int,
+) -> Rows:
+    """Counts [num_ranks, num_local_experts] with a wanted max / mean of the rank loads.
+
+    Expert loads are lognormal(sigma); rank loads are brought to the wanted imbalance by raising
+    them to a common power, which keeps their order; the total is exactly num_ranks *
+    num_local_experts * rows_per_expert. Everything comes from the arguments alone.
+
+    Raises:
+        ValueError: imbalance outside [1, num_ranks).
+    """
+    if not 1 <= imbalance < max(num_ranks, 1 + 1e-9):
+        raise ValueError(
+            f"lognormal_loads: imbalance={imbalance}, expected 1 or more, below {num_ranks} ranks"
+        )
+    stream = _stream("lognormal", seed, num_ranks, num_local_experts)
+    weights = np.exp(sigma * stream.standard_normal((num_ranks, num_local_experts)))
+    total = num_ranks * num_local_experts * rows_per_expert
+    loads = _apportion(_with_imbalance(weights.sum(axis=1), imbalance), total)
+    return np.stack([_apportion(*pair) for pair in zip(weights, loads.tolist(), strict=True)])
+
+
+def _stream(name: str, *keys: int) -> np.random.RandomState:
+    entropy = [int.from_bytes(name.encode(), "little"), *keys]
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(entropy)))
+
+
+def _clipped_shares(weights: Weights, most: float) -> Weights:
+    """Rows of weights as shares that sum to 1, none above `most`; what is cut goes to the rest."""
+    shares = weights / weights.sum(axis=1, keepdims=True)
+    while (shares > most * (1 + 1e-12)).any():
+        clipped = shares >= most
+        rest = np.where(clipped, 0.0, weights)
+        left = 1.0 - most * clipped.sum(axis=1, keepdims=True)
+        shares = np.where(clipped, most, rest * left / rest.sum(axis=1, keepdims=True))
+    return shares
+
+
+def _with_imbalance(loads: Weights, imbalance: float) -> Weights:
+    """loads ** p with p >= 0 such that max / mean is `imbalance`; it grows with p from 1."""
+    relative = loads / loads.max()
+    low, high = 0.0, 1.0
+    while (relative**high).mean() > 1 / imbalance and high < 1e6:
+        low, high = high, 2 * high
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (relative**middle).mean() > 1 / imbalance else (low, middle)
+    return relative**low
+
+
+def _apportion(weights: Weights, total: int) -> Rows:
+    """total split in proportion to weights, largest remainders first, ties to the lowest index."""
+    exact = weights * (total / weights.sum())
+    rows = np.floor(exact).astype(np.int64)
+    by_remainder = np.argsort(rows - exact, kind="stable")
+    rows[by_remainder[: total - int(rows.sum())]] += 1
+    return rows
