@@ -9,7 +9,7 @@ none), less what the clock itself costs (csrc/bindings.cpp, time_each). Percenti
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,10 @@ from report import Report, Row, arguments, iqr, median, percentile
 
 from feplb import _core
 from feplb.scheduler import PlanLimits, make_plan, plan_violations, token_straggler
+from feplb.scheduler.policies import core_limits
 from feplb.scheduler.workloads import calibrated
 
-NUM_LAYERS = 16
+NUM_LAYERS = 100
 NUM_TOKENS, TOP_K = 4096, 8
 
 
@@ -97,8 +98,7 @@ def check_plans(case: Case, inputs: npt.NDArray[np.int32]) -> Row:
 
 
 def time_case(case: Case, inputs: npt.NDArray[np.int32], passes: int) -> Row:
-    limits = _core.PlanLimits(**asdict(case.limits()))
-    times_us = _core.time_plans(case.policy, inputs, limits, passes)
+    times_us = _core.time_plans(case.policy, inputs, core_limits(case.limits()), passes)
     return {
         "us_p50": median(times_us),
         "us_p99": percentile(times_us, 99),
@@ -115,10 +115,17 @@ def plan_rows(num_inputs: int, passes: int) -> list[Row]:
         size = case.ranks, case.experts
         if size not in inputs:
             inputs[size] = inputs_for(*size, num_inputs // 4 if case.ranks > 8 else num_inputs)
-        sizes = {"policy": case.policy, "ranks": case.ranks, "experts": case.experts}
-        sizes |= {"num_dynamic": case.num_dynamic, "inputs": len(inputs[size])}
-        checked = check_plans(case, inputs[size])
-        rows.append({**sizes, **checked, **time_case(case, inputs[size], passes)})
+        rows.append(
+            {
+                "policy": case.policy,
+                "ranks": case.ranks,
+                "experts": case.experts,
+                "num_dynamic": case.num_dynamic,
+                "inputs": len(inputs[size]),
+                **check_plans(case, inputs[size]),
+                **time_case(case, inputs[size], passes),
+            }
+        )
     return rows
 
 

@@ -60,8 +60,14 @@ class ExpertCompute(Protocol):
     """
 
     def forward(
-        self, rows: Tensor, row_data: Sequence[Tensor], segments: Sequence[Segment],
-        weights: Weights, *, out: Tensor, save: bool,
+        self,
+        rows: Tensor,
+        row_data: Sequence[Tensor],
+        segments: Sequence[Segment],
+        weights: Weights,
+        *,
+        out: Tensor,
+        save: bool,
     ) -> Saved:
         """Compute the output rows of every segment.
 
@@ -78,8 +84,15 @@ class ExpertCompute(Protocol):
         ...
 
     def backward_rows(
-        self, grad_out: Tensor, rows: Tensor, row_data: Sequence[Tensor],
-        segments: Sequence[Segment], weights: Weights, saved: Saved, *, grad_rows: Tensor,
+        self,
+        grad_out: Tensor,
+        rows: Tensor,
+        row_data: Sequence[Tensor],
+        segments: Sequence[Segment],
+        weights: Weights,
+        saved: Saved,
+        *,
+        grad_rows: Tensor,
         grad_row_data: Sequence[Tensor | None],
     ) -> tuple[Tensor, ...]:
         """Compute the gradients of rows and row_data (dgrad).
@@ -98,8 +111,14 @@ class ExpertCompute(Protocol):
         ...
 
     def backward_weights(
-        self, grad_out: Tensor, rows: Tensor, row_data: Sequence[Tensor],
-        segments: Sequence[Segment], saved: Saved, carry: tuple[Tensor, ...], *,
+        self,
+        grad_out: Tensor,
+        rows: Tensor,
+        row_data: Sequence[Tensor],
+        segments: Sequence[Segment],
+        saved: Saved,
+        carry: tuple[Tensor, ...],
+        *,
         grad_weights: GradWeights,
     ) -> None:
         """Compute the gradients of the weights (wgrad), after the weights themselves are gone.
@@ -124,7 +143,9 @@ def _spans(segments: Sequence[Segment]) -> Iterator[tuple[slice, slice, int]]:
 
 
 def _sum_into_weights(
-    segments: Sequence[Segment], grad_weights: Sequence[Tensor], parts: Sequence[Part],
+    segments: Sequence[Segment],
+    grad_weights: Sequence[Tensor],
+    parts: Sequence[Part],
     write: Callable[[Part, Tensor], object],
 ) -> None:
     """Write parts[k], of the k-th segment with rows, to its weight index; sum where one recurs.
@@ -186,8 +207,14 @@ class SwiGLU(ExpertCompute):
 
     @torch.no_grad()
     def forward(
-        self, rows: Tensor, row_data: Sequence[Tensor], segments: Sequence[Segment],
-        weights: Weights, *, out: Tensor, save: bool,
+        self,
+        rows: Tensor,
+        row_data: Sequence[Tensor],
+        segments: Sequence[Segment],
+        weights: Weights,
+        *,
+        out: Tensor,
+        save: bool,
     ) -> Saved:
         """Compute the output rows of every segment; see ExpertCompute."""
         probs = _probs(rows, row_data)
@@ -207,8 +234,15 @@ class SwiGLU(ExpertCompute):
 
     @torch.no_grad()
     def backward_rows(
-        self, grad_out: Tensor, rows: Tensor, row_data: Sequence[Tensor],
-        segments: Sequence[Segment], weights: Weights, saved: Saved, *, grad_rows: Tensor,
+        self,
+        grad_out: Tensor,
+        rows: Tensor,
+        row_data: Sequence[Tensor],
+        segments: Sequence[Segment],
+        weights: Weights,
+        saved: Saved,
+        *,
+        grad_rows: Tensor,
         grad_row_data: Sequence[Tensor | None],
     ) -> tuple[Tensor, ...]:
         """Compute the gradients of rows and probabilities; the carry is dh, a per segment."""
@@ -236,8 +270,14 @@ class SwiGLU(ExpertCompute):
 
     @torch.no_grad()
     def backward_weights(
-        self, grad_out: Tensor, rows: Tensor, row_data: Sequence[Tensor],
-        segments: Sequence[Segment], saved: Saved, carry: tuple[Tensor, ...], *,
+        self,
+        grad_out: Tensor,
+        rows: Tensor,
+        row_data: Sequence[Tensor],
+        segments: Sequence[Segment],
+        saved: Saved,
+        carry: tuple[Tensor, ...],
+        *,
         grad_weights: GradWeights,
     ) -> None:
         """Write dw1 = dh^T x and dw2 = dy^T a; see ExpertCompute."""
@@ -250,7 +290,11 @@ class SwiGLU(ExpertCompute):
 
 
 def _backward_activation(
-    h: Tensor, probs: Tensor | None, da_s: Tensor, act: Tensor, dh: Tensor,
+    h: Tensor,
+    probs: Tensor | None,
+    da_s: Tensor,
+    act: Tensor,
+    dh: Tensor,
     grad_probs: Tensor | None,
 ) -> None:
     """Fill act (= a), dh and grad_probs of one segment; da_s [2, n, F] holds dap, is scratch."""
@@ -286,9 +330,7 @@ def _probs(rows: Tensor, row_data: Sequence[Tensor]) -> Tensor | None:
     return probs.view(n, 1)
 
 
-def _sizes(
-    rows: Tensor, segments: Sequence[Segment], weights: Weights
-) -> tuple[int, int, int]:
+def _sizes(rows: Tensor, segments: Sequence[Segment], weights: Weights) -> tuple[int, int, int]:
     """F (0 without rows), rows in all segments, rows of the largest; checks the weights named."""
     if len(weights) != 2:
         raise ValueError(f"SwiGLU weights: {len(weights)} tensors per expert, expected w1 and w2.")
@@ -414,8 +456,14 @@ class _FunctionCompute(ExpertCompute):
 
     @torch.no_grad()
     def forward(
-        self, rows: Tensor, row_data: Sequence[Tensor], segments: Sequence[Segment],
-        weights: Weights, *, out: Tensor, save: bool,
+        self,
+        rows: Tensor,
+        row_data: Sequence[Tensor],
+        segments: Sequence[Segment],
+        weights: Weights,
+        *,
+        out: Tensor,
+        save: bool,
     ) -> Saved:
         graphs = _Graphs(_SavedByGraph(), [], [], [])
         by_graph, anchor = graphs.by_graph, torch.empty(0, requires_grad=True)
@@ -466,8 +514,15 @@ class _FunctionCompute(ExpertCompute):
 
     @torch.no_grad()
     def backward_rows(
-        self, grad_out: Tensor, rows: Tensor, row_data: Sequence[Tensor],
-        segments: Sequence[Segment], weights: Weights, saved: Saved, *, grad_rows: Tensor,
+        self,
+        grad_out: Tensor,
+        rows: Tensor,
+        row_data: Sequence[Tensor],
+        segments: Sequence[Segment],
+        weights: Weights,
+        saved: Saved,
+        *,
+        grad_rows: Tensor,
         grad_row_data: Sequence[Tensor | None],
     ) -> tuple[Tensor, ...]:
         graphs = saved.state
@@ -495,8 +550,14 @@ class _FunctionCompute(ExpertCompute):
 
     @torch.no_grad()
     def backward_weights(
-        self, grad_out: Tensor, rows: Tensor, row_data: Sequence[Tensor],
-        segments: Sequence[Segment], saved: Saved, carry: tuple[Tensor, ...], *,
+        self,
+        grad_out: Tensor,
+        rows: Tensor,
+        row_data: Sequence[Tensor],
+        segments: Sequence[Segment],
+        saved: Saved,
+        carry: tuple[Tensor, ...],
+        *,
         grad_weights: GradWeights,
     ) -> None:
         for t, targets in enumerate(grad_weights):
@@ -517,8 +578,11 @@ def _gradients(
         if roots and edges:
             found = iter(
                 torch.autograd.grad(
-                    [edge for edge, _ in roots], edges, [g for _, g in roots],
-                    retain_graph=True, allow_unused=True,
+                    [edge for edge, _ in roots],
+                    edges,
+                    [g for _, g in roots],
+                    retain_graph=True,
+                    allow_unused=True,
                 )
             )
     finally:
@@ -556,9 +620,7 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def _check_unchanged(
-    tensors: Sequence[Tensor], versions: list[int], where: str, what: str
-) -> None:
+def _check_unchanged(tensors: Sequence[Tensor], versions: list[int], where: str, what: str) -> None:
     if _versions(tensors) != versions:
         raise ValueError(
             f"{where}: fn changed {what} in place. Use the out-of-place operation there."

@@ -88,8 +88,8 @@ class LayerSpec:
         num_local_experts: experts that live on each rank.
         hidden: row width H, in elements.
         dtype: of the rows, and of weights whose spec names none.
-        weights: one entry per tensor of an expert: its shape, or a ``TensorSpec``. All tensors of an
-            expert (biases, scales too) move together or the expert does not move.
+        weights: one entry per tensor of an expert: its shape, or a ``TensorSpec``. All tensors of
+            an expert (biases, scales too) move together or the expert does not move.
         row_data: one entry per side tensor: the ``TensorSpec`` of one row, e.g.
             ``TensorSpec((), torch.float32)`` for router probabilities [N].
         max_rows: most rows that may move into, or out of, one rank in one call. Sizes the arena;
@@ -115,7 +115,9 @@ class LayerSpec:
         row_data: tuple[TensorSpec, ...] = (),
         max_rows: int = 0,
     ) -> None:
-        specs = tuple(w if isinstance(w, TensorSpec) else TensorSpec(tuple(w), dtype) for w in weights)
+        specs = tuple(
+            w if isinstance(w, TensorSpec) else TensorSpec(tuple(w), dtype) for w in weights
+        )
         for name, value in (
             ("num_local_experts", num_local_experts),
             ("hidden", hidden),
@@ -129,7 +131,9 @@ class LayerSpec:
 
     def _validate(self) -> None:
         for name in ("num_local_experts", "hidden"):
-            _require(getattr(self, name) > 0, f"LayerSpec.{name}={getattr(self, name)}, expected > 0")
+            _require(
+                getattr(self, name) > 0, f"LayerSpec.{name}={getattr(self, name)}, expected > 0"
+            )
         _require(self.max_rows >= 0, f"LayerSpec.max_rows={self.max_rows}, expected >= 0")
         _require(bool(self.weights), "LayerSpec.weights is empty, expected an expert's tensors")
         _require(len(self.row_data) <= 8, f"{len(self.row_data)} row_data tensors, expected <= 8")
@@ -170,9 +174,11 @@ class BalancerConfig:
     Args:
         policy: ``"greedy"`` (whole experts, the paper's) or ``"none"`` (the reference arm: same
             compute, no moves).
-        num_dynamic: how many of each rank's experts may move, the last ones (paper: dyn); None: all.
+        num_dynamic: how many of each rank's experts may move, the last ones (paper: dyn); None:
+            all.
         num_slots: received experts a rank can hold (paper: max_num_dyn).
-        num_grad_slots: moves whose weight grads an owner can take back in one call; None: num_slots.
+        num_grad_slots: moves whose weight grads an owner can take back in one call; None: as
+            num_slots.
         min_tokens: fewest rows worth a move (paper: tau).
         deadline_s: longest any wait may last, in seconds; below NCCL's and DeepEP's 100 s.
         lane: how bytes travel; ``"auto"`` is ``"host"``, the one lane there is so far.

@@ -36,7 +36,6 @@ class TopKRouter(nn.Module):
     """
 
     expert_bias: Tensor | None
-    routed_counts: Tensor | None
 
     def __init__(
         self,
@@ -62,9 +61,9 @@ class TopKRouter(nn.Module):
         self.bias_update_rate = bias_update_rate
         self.weight = nn.Parameter(torch.empty(num_experts, hidden, dtype=torch.float32))
         bias = torch.zeros(num_experts, dtype=torch.float32) if bias_update_rate else None
-        counts = torch.zeros(num_experts, dtype=torch.int64) if bias_update_rate else None
         self.register_buffer("expert_bias", bias)
-        self.register_buffer("routed_counts", counts, persistent=False)
+        # No buffer: DistributedDataParallel would overwrite it with rank 0's before each forward.
+        self._routed_counts: Tensor | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -72,8 +71,9 @@ class TopKRouter(nn.Module):
         """Draw the weight from N(0, std) on the CPU, zero the bias and what was counted."""
         draw = torch.randn(self.weight.shape, generator=generator, device="cpu")
         self.weight.copy_(draw * std)
-        for buffer in self.buffers(recurse=False):
-            buffer.zero_()
+        if self.expert_bias is not None:
+            self.expert_bias.zero_()
+        self._routed_counts = None
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Route tokens [T, H].
@@ -106,9 +106,14 @@ class TopKRouter(nn.Module):
 
     @torch.no_grad()
     def _count(self, topk_idx: Tensor) -> None:
-        if self.routed_counts is not None:
-            choices = topk_idx.reshape(-1)
-            self.routed_counts.scatter_add_(0, choices, torch.ones_like(choices))
+        if self.expert_bias is None:
+            return
+        choices = topk_idx.reshape(-1)
+        counts = torch.zeros(self.num_experts, dtype=torch.int64, device=choices.device)
+        counts.scatter_add_(0, choices, torch.ones_like(choices))
+        if self._routed_counts is not None:
+            counts += self._routed_counts
+        self._routed_counts = counts
 
     @torch.no_grad()
     def update_bias(self, group: dist.ProcessGroup | None = None) -> None:
@@ -121,14 +126,17 @@ class TopKRouter(nn.Module):
             group: all ranks that see different tokens (data and EP ranks together), so that all of
                 them keep the same bias; None means this rank alone.
         """
-        if self.expert_bias is None or self.routed_counts is None:
+        if self.expert_bias is None:
             return
+        counts = self._routed_counts
+        if counts is None:
+            counts = torch.zeros_like(self.expert_bias, dtype=torch.int64)
         if group is not None:
-            dist.all_reduce(self.routed_counts, group=group)
+            dist.all_reduce(counts, group=group)
         # Compared as integers, multiplied by E instead of divided: exact, so all ranks agree.
-        excess = self.routed_counts * self.num_experts - self.routed_counts.sum()
+        excess = counts * self.num_experts - counts.sum()
         self.expert_bias -= self.bias_update_rate * excess.sign()
-        self.routed_counts.zero_()
+        self._routed_counts = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopKRouter:
         """Keep the bias in fp32 under .bfloat16() and the like: its steps would be lost."""

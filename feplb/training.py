@@ -2,7 +2,8 @@
 
 Data parallelism alone holds every parameter on every rank. Under EP each rank holds its own
 experts, so gradients, the global norm and checkpoints must tell the two apart. A module marks its
-stacked expert parameters; everything here finds them by that mark.
+stacked expert parameters; everything here finds them by that mark. (DistributedDataParallel does
+not know it and would average different experts: use sync_gradients in its place.)
 Called by the user's loop between backward and the optimizer, and to save and load.
 Groups: `dp_group` = all ranks that see different tokens (the EP ranks among them), `ep_group` = the
 ranks that hold one set of experts together, `expert_dp_group` = the ranks that hold the same
@@ -153,7 +154,7 @@ def clip_grad_norm(model: nn.Module, max_norm: float, ep_group: dist.ProcessGrou
     scale = (max_norm / (norm + 1e-6)).clamp_max(1.0)
     for param in (*replicated, *experts):
         if param.grad is not None:
-            param.grad.mul_(scale.to(param.grad.device, param.grad.dtype))
+            param.grad.mul_(scale.to(param.grad.device))
     return norm
 
 

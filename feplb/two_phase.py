@@ -13,8 +13,8 @@ the GIL until their deadline):
     kept B                     the rest of the rows that stay
     await_returns, place       outputs that come home
 
-Backward is the same with grad rows, then adds level 3: weight grads of received rows go home and are
-added late, in the backward of ``prepare_weights`` (or here, where it was left out).
+Backward is the same with grad rows, then adds level 3: weight grads of received rows go home and
+are added late, in the backward of ``prepare_weights`` (or here, where it was left out).
 
 What backward needs goes through ``save_for_backward``, the plan too (a tensor): a non-reentrant
 checkpoint recomputes inside the first read of ``saved_tensors`` and keeps the context's other
@@ -23,170 +23,34 @@ attributes from the first forward. So backward reads ``saved_tensors`` before it
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .call import (
+    KIND_BACKWARD,
+    KIND_FORWARD,
+    Agreement,
+    CallBits,
+    RoutedMove,
+    SavedCall,
+    WeightLayout,
+    flatten_weights,
+    kept_segments,
+    pack_plan,
+    split_kept,
+    unpack_call,
+)
 from .compute import ExpertCompute, Saved, Segment
+from .late_grads import LateGrads, LateNode
 
 if TYPE_CHECKING:
     from .balancer import Balancer
     from .config import LayerSpec
-
-KIND_FORWARD, KIND_BACKWARD, KIND_CHECK = 1, 2, 3
-NO_MOVES = np.zeros((0, 5), dtype=np.int32)
-
-# GradBits of csrc/count_board.h.
-_GRAD_MODE, _NEEDS_KNOWN, _NEEDS_ROWS, _NEEDS_SIDE, _NEEDS_WEIGHT = 1, 2, 4, 3, 11
-
-
-@dataclass(frozen=True)
-class RoutedMove:
-    """One move as this rank sees it.
-
-    ``peer_rank`` is the helper of a sent move and the owner of a received one; ``arena_row`` is the
-    first row in this rank's return half (sent) or rows half (received); ``slot`` is this rank's grad
-    slot (sent) or weight slot (received).
-    """
-
-    expert_idx: int
-    peer_rank: int
-    row_start: int
-    row_end: int
-    arena_row: int
-    slot: int
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of this move."""
-        return self.row_end - self.row_start
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """What all ranks derived for one call: the plan, and this rank's part in it."""
-
-    moves: np.ndarray  # [num_moves, 5] int32
-    plan_hash: int
-    sent: tuple[RoutedMove, ...]
-    received: tuple[RoutedMove, ...]
-    counts: np.ndarray  # [num_ranks * E] int32, empty in backward
-    plan_us: float
-
-
-@dataclass(frozen=True)
-class WeightLayout:
-    """How one call's weights, flattened for autograd, belong to tensors and experts.
-
-    Per tensor of an expert the flat list holds either one stacked tensor [E, *S] or E tensors [*S].
-    The layout holds no tensor, so that keeping it keeps no weight alive.
-    """
-
-    stacked: tuple[bool, ...]
-    num_local_experts: int
-
-    def per_tensor(self, flat: Sequence[Any]) -> list[Any]:
-        """``flat`` -> per tensor t something indexable by expert (or the one entry if stacked)."""
-        views: list[Any] = []
-        at = 0
-        for is_stacked in self.stacked:
-            width = 1 if is_stacked else self.num_local_experts
-            views.append(flat[at] if is_stacked else list(flat[at : at + width]))
-            at += width
-        return views
-
-    def needs_grad(self, flat: Sequence[Tensor]) -> tuple[bool, ...]:
-        """Per tensor of an expert: do its weights take gradients?"""
-        views = self.per_tensor([w.requires_grad for w in flat])
-        return tuple(v if isinstance(v, bool) else any(v) for v in views)
-
-
-def flatten_weights(
-    weights: Sequence[Tensor | Sequence[Tensor]], num_local_experts: int
-) -> tuple[WeightLayout, tuple[Tensor, ...]]:
-    """``weights``, per tensor stacked [E, *S] or E tensors [*S], as (layout, flat tensors)."""
-    flat: list[Tensor] = []
-    stacked: list[bool] = []
-    for entry in weights:
-        is_stacked = isinstance(entry, Tensor)
-        stacked.append(is_stacked)
-        flat.extend([entry] if is_stacked else entry)
-    return WeightLayout(tuple(stacked), num_local_experts), tuple(flat)
-
-
-@dataclass(frozen=True)
-class CallBits:
-    """Which inputs of a call need gradients; every rank must say the same."""
-
-    grad_mode: bool
-    rows: bool
-    row_data: tuple[bool, ...]
-    weights: tuple[bool, ...]
-
-    def packed(self) -> int:
-        """As the header carries it."""
-        bits = _NEEDS_KNOWN | (_GRAD_MODE if self.grad_mode else 0)
-        if not self.grad_mode:
-            return bits
-        bits |= _NEEDS_ROWS if self.rows else 0
-        bits |= sum(1 << (_NEEDS_SIDE + i) for i, need in enumerate(self.row_data) if need)
-        return bits | sum(1 << (_NEEDS_WEIGHT + i) for i, need in enumerate(self.weights) if need)
-
-
-@dataclass
-class LateGrads:
-    """Weight grads of one backward call that are still on their way home.
-
-    Lives between ``run_experts``'s backward, which fills it, and ``prepare_weights``'s backward,
-    which empties it. If another backward call begins first, ``take`` copies the grads out of the
-    arena, so that their slots can be used again.
-    """
-
-    seq: int
-    layer: int
-    sent: tuple[RoutedMove, ...]
-    weights: WeightLayout
-    sinks: Any
-    tensors: tuple[int, ...]  # which tensors of an expert have grads
-    placed: tuple[bool, ...]  # per sent move: the owner computed no row of the expert
-    grads: list[Tensor | None]  # what run_experts's backward returned, flat
-    private: list[dict[int, Tensor]] | None = None  # per sent move, once taken
-
-    def take(self, balancer: Balancer) -> None:
-        """Wait for the grads and copy them out of the arena. Blocks until the deadline."""
-        if self.private is None:
-            views = balancer.await_grads(self)
-            self.private = [{t: view[t].clone() for t in self.tensors} for view in views]
-            balancer.release_grads(self)
-
-    def add_to(self, balancer: Balancer, grads: list[Tensor | None]) -> None:
-        """Put every grad where it belongs: place it, or add it, in the plan's order."""
-        views = self.private if self.private is not None else balancer.await_grads(self)
-        targets = self.weights.per_tensor(grads)
-        for move, place, view in zip(self.sent, self.placed, views, strict=True):
-            for t in self.tensors:
-                if self.sinks is not None:
-                    self.sinks[t][move.expert_idx].add_(view[t])
-                elif place and targets[t] is not None:
-                    targets[t][move.expert_idx].copy_(view[t])
-                elif targets[t] is not None:
-                    targets[t][move.expert_idx].add_(view[t])
-        if self.private is None:
-            balancer.release_grads(self)
-
-
-@dataclass
-class LateNode:
-    """The link between one ``prepare_weights`` and the one ``run_experts`` that uses its outputs."""
-
-    used: bool = False
-    pending: LateGrads | None = None
 
 
 @dataclass
@@ -205,98 +69,6 @@ class ForwardCall:
     late: LateNode | None
     grad_sinks: Any
     states: list[Any] = field(default_factory=list)
-
-
-# ------------------------------------------------------------------------------------ segments
-
-
-def first_rows(counts: Sequence[int]) -> list[int]:
-    """Where each expert's rows begin: counts [3, 0, 2] -> [0, 3, 3]."""
-    starts, end = [], 0
-    for count in counts:
-        starts.append(end)
-        end += count
-    return starts
-
-
-def kept_segments(counts: Sequence[int], sent: Sequence[RoutedMove]) -> list[Segment]:
-    """Row ranges this rank computes itself, by expert: what no sent move took.
-
-    Example: counts [3, 4] with rows [0, 4) of expert 1 sent -> [(0, 3, 0)].
-    """
-    taken: dict[int, list[tuple[int, int]]] = {}
-    for move in sent:
-        taken.setdefault(move.expert_idx, []).append((move.row_start, move.row_end))
-    segments: list[Segment] = []
-    for expert, first in enumerate(first_rows(counts)):
-        at = 0
-        for start, end in sorted(taken.get(expert, [])):
-            if start > at:
-                segments.append((first + at, first + start, expert))
-            at = end
-        if counts[expert] > at:
-            segments.append((first + at, first + counts[expert], expert))
-    return segments
-
-
-def split_kept(segments: list[Segment], rows_in_b: int) -> tuple[list[Segment], list[Segment]]:
-    """Kept A and kept B: B is the shortest suffix of whole segments with at least rows_in_b rows."""
-    at, rows = len(segments), 0
-    while at > 0 and rows < rows_in_b:
-        at -= 1
-        rows += segments[at][1] - segments[at][0]
-    return segments[:at], segments[at:]
-
-
-# ------------------------------------------------------------------------- the plan as a tensor
-
-_PLAN_HEAD = 7  # hash high, hash low, micro-batch, kept A segments, saved tensors of A, received, B
-
-
-def _pack_plan(agreement: Agreement, micro_batch: int, num_kept_a: int, saved: list[Saved]) -> Tensor:
-    """[head | moves, five each] int64. Saved by every rank in grad mode, so never empty."""
-    head = [
-        agreement.plan_hash >> 32,
-        agreement.plan_hash & 0xFFFFFFFF,
-        micro_batch,
-        num_kept_a,
-        *(len(part.tensors) for part in saved),
-    ]
-    return torch.tensor(head + agreement.moves.reshape(-1).tolist(), dtype=torch.int64)
-
-
-@dataclass(frozen=True)
-class _SavedCall:
-    """What backward read back from ``saved_tensors``."""
-
-    plan_hash: int
-    micro_batch: int
-    num_kept_a: int
-    moves: np.ndarray
-    rows: Tensor
-    row_data: tuple[Tensor, ...]
-    weights: tuple[Tensor, ...]
-    saved: tuple[Saved, Saved, Saved]
-
-
-def _unpack(call: ForwardCall, tensors: Sequence[Tensor]) -> _SavedCall:
-    packed = tensors[0].tolist()
-    at = 2 + len(call.spec.row_data)
-    num_weights = len(tensors) - at - sum(packed[4:_PLAN_HEAD])
-    parts, rest = [], tensors[at + num_weights :]
-    for size, state in zip(packed[4:_PLAN_HEAD], call.states, strict=True):
-        parts.append(Saved(tuple(rest[:size]), state))
-        rest = rest[size:]
-    return _SavedCall(
-        plan_hash=packed[0] << 32 | packed[1],
-        micro_batch=packed[2],
-        num_kept_a=packed[3],
-        moves=np.asarray(packed[_PLAN_HEAD:], dtype=np.int32).reshape(-1, 5),
-        rows=tensors[1],
-        row_data=tuple(tensors[2:at]),
-        weights=tuple(tensors[at : at + num_weights]),
-        saved=(parts[0], parts[1], parts[2]),
-    )
 
 
 # -------------------------------------------------------------------------------------- forward
@@ -338,7 +110,7 @@ class _ForwardPass:
             core.release_returns()
             core.finish()
         # Kept A, received, kept B: the order in which they ran and were saved.
-        return self.out, _pack_plan(agreement, call.micro_batch, len(kept_a), self.saved)
+        return self.out, pack_plan(agreement, call.micro_batch, len(kept_a), self.saved)
 
     def _kept(self, segments: list[Segment]) -> None:
         self.saved.append(
@@ -352,7 +124,9 @@ class _ForwardPass:
         if not agreement.received:
             self.saved.append(Saved(()))
             return
-        views = self.call.balancer.received_views(self.call.layer, KIND_FORWARD, agreement.received)
+        views = self.call.balancer.views.received(
+            self.call.layer, KIND_FORWARD, agreement.seq, agreement.received
+        )
         self.saved.append(
             self.call.compute.forward(
                 views.rows[0], views.rows[1:], views.segments, views.weights,
@@ -362,8 +136,9 @@ class _ForwardPass:
 
     def _place(self, agreement: Agreement) -> None:
         if agreement.sent:
-            self.call.balancer.place_returns(
-                self.call.layer, KIND_FORWARD, agreement.sent, self.call.counts, [self.out]
+            call = self.call
+            call.balancer.views.place_returns(
+                call.layer, KIND_FORWARD, agreement.seq, agreement.sent, call.counts, [self.out]
             )
 
 
@@ -388,7 +163,7 @@ class _RunExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         call: ForwardCall = ctx.call
         # A checkpoint recomputes in here, which is a forward call of its own.
-        saved = _unpack(call, ctx.saved_tensors)
+        saved = unpack_call(ctx.saved_tensors, call.states, len(call.spec.row_data))
         with call.balancer.one_caller("backward"), call.balancer.own_precision():
             step = _BackwardPass(call, saved, grad_out.contiguous())
             step.run()
@@ -401,12 +176,12 @@ class _RunExperts(torch.autograd.Function):
 class _BackwardPass:
     """One backward call on one rank."""
 
-    def __init__(self, call: ForwardCall, saved: _SavedCall, grad_out: Tensor) -> None:
+    def __init__(self, call: ForwardCall, saved: SavedCall, grad_out: Tensor) -> None:
         self.call = call
         self.saved = saved
         self.grad_out = grad_out
         self.weights = call.weights.per_tensor(saved.weights)
-        self.grad_rows: Tensor | None = torch.empty_like(saved.rows)
+        self.grad_rows = torch.empty_like(saved.rows)
         self.grad_row_data: list[Tensor | None] = [
             torch.empty_like(data) if need else None
             for data, need in zip(saved.row_data, call.bits.row_data, strict=True)
@@ -427,9 +202,9 @@ class _BackwardPass:
     def run(self) -> None:
         call, core = self.call, self.call.balancer.core
         call.balancer.take_unconsumed()
-        self.seq = call.balancer.publish_backward(call, self.saved.plan_hash, self.saved.moves)
+        call.balancer.publish_backward(call, self.saved.plan_hash, self.saved.moves)
         agreement = call.balancer.wait_plan(call.layer, call.counts)
-        self.sent = agreement.sent
+        self.sent, self.seq = agreement.sent, agreement.seq
         with call.balancer.failing_all(call.layer, self.saved.micro_batch, "backward"):
             sources = [self.grad_out, self.saved.rows, *self.saved.row_data]
             call.balancer.post_rows(sources, self.weights, agreement.sent, call.counts)
@@ -441,9 +216,9 @@ class _BackwardPass:
             self._kept(kept_b, self.saved.saved[2])
             core.await_returns()
             if agreement.sent:
-                targets = [self.grad_rows, *self.grad_row_data]
-                call.balancer.place_returns(
-                    call.layer, KIND_BACKWARD, agreement.sent, call.counts, targets
+                targets: list[Tensor | None] = [self.grad_rows, *self.grad_row_data]
+                call.balancer.views.place_returns(
+                    call.layer, KIND_BACKWARD, agreement.seq, agreement.sent, call.counts, targets
                 )
             core.release_returns()
             core.finish()
@@ -470,7 +245,9 @@ class _BackwardPass:
             core.post_returns()
             core.post_grads([])
             return
-        views = call.balancer.received_views(call.layer, KIND_BACKWARD, agreement.received)
+        views = call.balancer.views.received(
+            call.layer, KIND_BACKWARD, agreement.seq, agreement.received
+        )
         grad_out, rows, row_data = views.rows[0], views.rows[1], views.rows[2:]
         saved = self.saved.saved[1]
         wanted = [
@@ -544,58 +321,6 @@ def run_experts(
     return out
 
 
-# ------------------------------------------------------------------------------ prepare_weights
-
-
-class _PrepareWeights(torch.autograd.Function):
-    """Identity whose backward adds the late weight grads of this layer."""
-
-    @staticmethod
-    def forward(ctx: Any, balancer: Balancer, late: LateNode, *weights: Tensor) -> tuple[Tensor, ...]:
-        ctx.balancer = balancer
-        ctx.late = late
-        ctx.set_materialize_grads(False)
-        return tuple(weight.view_as(weight) for weight in weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        late: LateNode = ctx.late
-        pending, late.pending = late.pending, None
-        if pending is None:
-            return (None, None, *grads)
-        results: list[Tensor | None] = []
-        foreign = False
-        for grad, own in zip(grads, pending.grads, strict=True):
-            is_own = grad is not None and own is not None and grad.data_ptr() == own.data_ptr()
-            foreign |= grad is not None and not is_own
-            results.append(grad if is_own or grad is None else grad.clone())
-        if foreign:  # the weights have other uses: what stands there is not zero, so add
-            pending = dataclasses.replace(pending, placed=(False,) * len(pending.placed))
-        pending.add_to(ctx.balancer, results)
-        ctx.balancer.forget(late)
-        return (None, None, *results)
-
-
-def prepare_weights(balancer: Balancer, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Identity on ``weights``, marked so that ``run_experts`` finds its late node."""
-    late = LateNode()
-    prepared: tuple[Tensor, ...] = _PrepareWeights.apply(balancer, late, *weights)
-    if any(weight.requires_grad for weight in prepared):
-        for weight in prepared:
-            weight._feplb_late = late  # type: ignore[attr-defined]
-    return prepared
-
-
-def late_node_of(weights: Sequence[Tensor]) -> LateNode | None:
-    """The late node these weights were prepared with, if no other call uses it."""
-    late: LateNode | None = getattr(weights[0], "_feplb_late", None)
-    if late is None or late.used:
-        return None
-    late.used = True
-    return late
-
-
 # ------------------------------------------------------------------------- without any balancer
 
 
@@ -604,8 +329,8 @@ class _LocalExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, compute: ExpertCompute, counts: list[int], layout: WeightLayout, num_row_data: int,
-        grad_mode: bool, rows: Tensor, *rest: Tensor,
+        ctx: Any, compute: ExpertCompute, counts: list[int], layout: WeightLayout,
+        num_row_data: int, grad_mode: bool, rows: Tensor, *rest: Tensor,
     ) -> Tensor:  # fmt: skip
         segments = kept_segments(counts, ())
         out = torch.empty_like(rows)

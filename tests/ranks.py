@@ -28,7 +28,15 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-PRELOAD = ["torch", "torch.distributed", "torch.utils.checkpoint", "pytest", "hypothesis"]
+# The last two are what torch imports at the first backward and the first checkpoint (seconds).
+PRELOAD = [
+    "torch.distributed",
+    "torch.utils.checkpoint",
+    "pytest",
+    "hypothesis",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch._dynamo",
+]
 STACK_DUMP_S = 0.5  # what hanging ranks get to write their stacks
 EXIT_S = 5.0  # what finished ranks get to leave by themselves
 

@@ -90,6 +90,11 @@ def dense_reference(case: dict[str, Tensor], experts: Tensor) -> Tensor:
     return (chosen * case["weights"][..., None]).sum(1)
 
 
+def grad_of(tensor: Tensor) -> Tensor:
+    assert tensor.grad is not None
+    return tensor.grad
+
+
 def run_case(rank: int, num_ranks: int, cases: list[dict[str, Tensor]], num_experts: int) -> Grads:
     case = cases[rank]
     tokens, weights = case["tokens"].requires_grad_(), case["weights"].requires_grad_()

@@ -7,7 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from feplb import _core
+from feplb.scheduler import PlanLimits
+from feplb.scheduler.policies import core_limits
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
@@ -55,3 +60,17 @@ def test_a_wide_table_is_broken_to_fit(
         "name      after",
         "   a       1234",
     ]
+
+
+def test_timing_returns_one_figure_per_input() -> None:
+    limits = core_limits(
+        PlanLimits(
+            num_dynamic=2, num_slots=9, num_grad_slots=9, max_recv_rows=99, max_return_rows=99
+        )
+    )
+    counts = np.arange(3 * 2 * 2, dtype=np.int32).reshape(3, 2, 2)
+    times_us = _core.time_plans("greedy", counts, limits, 3)
+    assert times_us.shape == (3,)
+    assert (times_us >= 0).all()
+    with pytest.raises(ValueError, match="repeats=0, expected at least 1"):
+        _core.time_plans("greedy", counts, limits, 0)

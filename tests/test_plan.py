@@ -1,4 +1,4 @@
-"""The planner: cases computed by hand, an oracle in plain Python, and properties of every policy."""
+"""The planner: cases computed by hand, an oracle in Python, and properties of every policy."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def test_an_expert_that_would_not_help_is_skipped_for_the_next_busiest() -> None
 
 
 def test_a_helper_may_later_send_experts_of_its_own() -> None:
-    # loads 20 | 9 | 7. (0, 0, 10 rows) to rank 2 -> 10 | 9 | 17. Rank 2 is the fullest now; what it
-    # received stays, its own expert 0 (7) does: 9 + 7 < 17 -> 10 | 16 | 10. Rank 1: its expert 0 (5)
-    # to rank 0, the lower of two equals: 10 + 5 < 16 -> 15 | 11 | 10. Rank 0: expert 1 (10) no,
-    # 10 + 10 > 15. End.
+    # loads 20 | 9 | 7. Rank 0's expert 0 (10) to rank 2 -> 10 | 9 | 17. Rank 2 is the fullest now;
+    # what it received stays, its own expert 0 (7) moves: 9 + 7 < 17 -> 10 | 16 | 10. Rank 1's
+    # expert 0 (5) to rank 0, the lower of two equals: 10 + 5 < 16 -> 15 | 11 | 10. Rank 0's
+    # expert 1 (10) does not help: 10 + 10 > 15. End.
     plan = greedy([[10, 10], [5, 4], [7, 0]])
     assert short(plan) == [(0, 0, 2, 10), (1, 0, 0, 5), (2, 0, 1, 7)]
 
@@ -94,8 +94,8 @@ def test_min_tokens_keeps_small_experts_at_home() -> None:
     assert short(greedy(counts, min_tokens=0)) == short(greedy(counts, min_tokens=1))
 
 
-# Each limit alone, on loads 30 | 0 | 6 with experts of 8, 7, 6, 5, 4 rows. Without limits:
-# 8 to rank 1 (22 | 8 | 6), 7 to rank 2 (15 | 8 | 13), 6 to rank 1 (9 | 14 | 13); rank 1 owns nothing.
+# Each limit alone, on loads 30 | 0 | 6 with experts of 8, 7, 6, 5, 4 rows. Without limits: 8 to
+# rank 1 (22 | 8 | 6), 7 to rank 2 (15 | 8 | 13), 6 to rank 1 (9 | 14 | 13); rank 1 owns nothing.
 BINDING = [[8, 7, 6, 5, 4], [0, 0, 0, 0, 0], [6, 0, 0, 0, 0]]
 
 
@@ -116,9 +116,9 @@ def test_max_recv_rows_binds() -> None:
 
 
 def test_a_fuller_rank_with_room_helps_when_the_emptiest_has_none() -> None:
-    # loads 20 | 0 | 4, 10 rows per helper. 9 to rank 1 (11 | 9 | 4), 5 to rank 2 (6 | 9 | 9). Rank 1
-    # is the fullest and owns nothing. With 8 rows per helper: 5 to rank 1, 4 to rank 2 (11 | 5 | 8),
-    # then 2 to rank 1 (9 | 7 | 8); nothing of 9 rows has room.
+    # loads 20 | 0 | 4, 10 rows per helper. 9 to rank 1 (11 | 9 | 4), 5 to rank 2 (6 | 9 | 9). Rank
+    # 1 is the fullest and owns nothing. 8 rows per helper: 9 has no room, 5 to rank 1 (15 | 5 | 4),
+    # 4 to rank 2 (11 | 5 | 8), 2 to rank 1 (9 | 7 | 8).
     counts = [[9, 5, 4, 2], [0, 0, 0, 0], [4, 0, 0, 0]]
     assert short(greedy(counts, max_recv_rows=10)) == [(0, 0, 1, 9), (0, 1, 2, 5)]
     assert short(greedy(counts, max_recv_rows=8)) == [(0, 1, 1, 5), (0, 2, 2, 4), (0, 3, 1, 2)]
@@ -397,12 +397,3 @@ def test_the_core_checks_for_itself() -> None:
         _core.make_plan("greedy", wrong, core_limits(ROOMY))
     with pytest.raises(ValueError, match="counts has 1 dimensions, expected 2"):
         _core.make_plan("greedy", wrong[0], core_limits(ROOMY))
-
-
-def test_timing_returns_one_figure_per_input() -> None:
-    counts = np.arange(3 * 2 * 2, dtype=np.int32).reshape(3, 2, 2)
-    times_us = _core.time_plans("greedy", counts, core_limits(ROOMY), 3)
-    assert times_us.shape == (3,)
-    assert (times_us >= 0).all()
-    with pytest.raises(ValueError, match="repeats=0, expected at least 1"):
-        _core.time_plans("greedy", counts, core_limits(ROOMY), 0)

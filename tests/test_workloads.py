@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import feplb
 from feplb.scheduler import load_imbalance, rank_loads, token_straggler
 from feplb.scheduler.workloads import calibrated, calibrated_by_source, lognormal_loads
 
@@ -18,11 +20,11 @@ from feplb.scheduler.workloads import calibrated, calibrated_by_source, lognorma
 def test_calibrated_has_the_papers_token_stragglers(
     ep_size: int, paper: float, first_fit: float
 ) -> None:
-    # Mean over 24 layers x 20 micro-batches, before balancing.
+    # Mean over 100 layers x 10 micro-batches, before balancing: standard error about 1.7 %.
     stragglers = [
         token_straggler(rank_loads(calibrated(ep_size, seed=0, step=step, layer=layer)))
-        for layer in range(24)
-        for step in range(20)
+        for layer in range(100)
+        for step in range(10)
     ]
     seen = float(np.mean(stragglers))
     print(f"EP {ep_size}: {seen:.0f}, paper {paper}: {seen / paper - 1:+.1%}")
@@ -58,15 +60,9 @@ def test_a_layer_keeps_its_bias_and_nothing_else() -> None:
     assert (first != calibrated(8, seed=1, step=0)).any()
 
 
-def test_calibrated_is_the_same_in_every_process_and_numpy_version() -> None:
-    expected = calibrated(2, seed=5, step=6, layer=7, num_experts=4).tolist()
-    code = (
-        "from feplb.scheduler.workloads import calibrated;"
-        "print(calibrated(2, seed=5, step=6, layer=7, num_experts=4, top_k=2).tolist())"
-    )
-    shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
-    assert eval(shown) == calibrated(2, seed=5, step=6, layer=7, num_experts=4, top_k=2).tolist()
-    print(expected)
+def test_calibrated_is_the_same_in_every_run_and_numpy_version() -> None:
+    counts = calibrated(2, seed=5, step=6, layer=7, num_experts=6, num_tokens=50, top_k=2)
+    assert counts.tolist() == [[46, 14, 29], [32, 49, 30]]
 
 
 def test_calibrated_names_a_wrong_size() -> None:
@@ -97,10 +93,12 @@ def test_lognormal_loads_spread_within_a_rank_as_sigma_says() -> None:
 
 
 def test_lognormal_loads_come_from_the_arguments_alone() -> None:
-    sizes = {"rows_per_expert": 50, "sigma": 1.0, "imbalance": 1.5}
-    first = lognormal_loads(4, 8, **sizes, seed=0)
-    assert (first == lognormal_loads(4, 8, **sizes, seed=0)).all()
-    assert (first != lognormal_loads(4, 8, **sizes, seed=1)).any()
+    first, again, other = (
+        lognormal_loads(4, 8, rows_per_expert=50, sigma=1.0, imbalance=1.5, seed=seed)
+        for seed in (0, 0, 1)
+    )
+    assert (first == again).all()
+    assert (first != other).any()
 
 
 @pytest.mark.parametrize(("num_ranks", "imbalance"), [(2, 2.0), (4, 0.9), (1, 1.5)])
@@ -109,8 +107,12 @@ def test_an_impossible_imbalance_is_named(num_ranks: int, imbalance: float) -> N
         lognormal_loads(num_ranks, 4, rows_per_expert=9, sigma=1.0, imbalance=imbalance, seed=0)
 
 
-def test_scheduler_imports_without_torch() -> None:
+def test_scheduler_needs_no_torch() -> None:
+    # The package around it is left out: feplb/__init__.py may well import torch.
     code = (
-        "import sys; sys.modules['torch'] = None; import feplb.scheduler, feplb.scheduler.workloads"
+        "import sys, types; sys.modules['torch'] = None; import numpy;"
+        "sys.modules['feplb'] = feplb = types.ModuleType('feplb');"
+        f"feplb.__path__ = [{str(Path(feplb.__file__).parent)!r}];"
+        "import feplb.scheduler, feplb.scheduler.workloads"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

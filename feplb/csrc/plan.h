@@ -2,10 +2,11 @@
 // integers in, integers out; no device, thread, time or log. Equal input gives equal bytes on every
 // rank, so no message is needed to agree. Called by the mover's thread, one PlanScratch per thread.
 //
-// Worked example, 2 ranks x 2 experts, all dynamic, counts = [[10, 6], [2, 0]]:
+// Worked example, 2 ranks x 2 experts, all dynamic, counts = [[10, 6], [2, 0]], min_tokens = 3:
 //   loads 16 | 2, mean 9. The paper's greedy moves rank 0's busiest expert that helps (expert 0,
-//   10 rows: 6 | 12 lowers the most loaded rank from 16 to 12); nothing that rank 1 owns helps it
-//   then, so the plan is [Move{expert_idx=0, owner_rank=0, dst_rank=1, row_start=0, row_end=10}].
+//   10 rows: 6 | 12 lowers the most loaded rank from 16 to 12); then rank 1 is the most loaded, and
+//   its expert of 2 rows is too small to move. The plan is
+//   [Move{expert_idx=0, owner_rank=0, dst_rank=1, row_start=0, row_end=10}].
 //   Rank 1 then has one received segment: rows [0, 10) of its row area, weight slot 0; rank 0 finds
 //   the outputs in rows [0, 10) of its return area, and the weight grads in its grad slot 0.
 #pragma once

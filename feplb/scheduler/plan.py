@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from numbers import Integral
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +76,7 @@ class PlanLimits:
         for field in fields(self):
             most = INT64_MAX if field.name.endswith("_rows") else INT32_MAX
             value = getattr(self, field.name)
-            if not isinstance(value, Integral) or not 0 <= value <= most:
+            if not isinstance(value, int | np.integer) or not 0 <= value <= most:
                 raise ValueError(
                     f"PlanLimits.{field.name}: {value!r}, expected an integer from 0 to {most}"
                 )

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from feplb.scheduler.plan import INT32_MAX, Move, Plan, PlanLimits
+
+if TYPE_CHECKING:
+    from feplb import _core
 
 POLICIES = ("none", "greedy")
 
@@ -60,9 +64,10 @@ def as_int32(counts: npt.ArrayLike) -> npt.NDArray[np.int32]:
     return np.ascontiguousarray(array, dtype=np.int32)
 
 
-def core_limits(limits: PlanLimits) -> object:
+def core_limits(limits: PlanLimits) -> _core.PlanLimits:
     """The core's own PlanLimits with these values."""
-    return load_core().PlanLimits(**asdict(limits))
+    made: _core.PlanLimits = load_core().PlanLimits(**asdict(limits))
+    return made
 
 
 def load_core() -> ModuleType:

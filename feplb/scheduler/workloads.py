@@ -16,10 +16,10 @@ import numpy.typing as npt
 Rows = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float64]
 
-# Spread of an expert's log-weight: what a layer keeps from step to step, and what the tokens of each
-# rank add afresh. Fitted to arXiv 2604.19654's mean token stragglers before balancing at EP 2 / 4 / 8,
-# 2278 / 4649 / 6666: these give 2290 / 4490 / 6840 over 60,000 layers. (0.3 and 1.0, an earlier fit
-# to few layers, give 2200 / 4340 / 6730 in the long run, 7 % short at EP 4.)
+# Spread of an expert's log-weight: what a layer keeps from step to step, and what the tokens of
+# each rank add afresh. Fitted to the mean token stragglers before balancing of arXiv 2604.19654,
+# 2278 / 4649 / 6666 at EP 2 / 4 / 8: these give 2290 / 4490 / 6840 over 60,000 layers. (0.3 and
+# 1.0, an earlier fit to few layers, give 2200 / 4340 / 6730 in the long run, 7 % short at EP 4.)
 LAYER_SPREAD = 0.28
 SOURCE_SPREAD = 1.05
 
@@ -52,7 +52,8 @@ def calibrated(
         num_tokens=num_tokens,
         top_k=top_k,
     )
-    return by_source.sum(axis=0).reshape(ep_size, -1)
+    counts: Rows = by_source.sum(axis=0).reshape(ep_size, -1)
+    return counts
 
 
 def calibrated_by_source(
@@ -118,12 +119,13 @@ def _stream(name: str, *keys: int) -> np.random.RandomState:
 
 def _clipped_shares(weights: Weights, most: float) -> Weights:
     """Rows of weights as shares that sum to 1, none above `most`; what is cut goes to the rest."""
-    shares = weights / weights.sum(axis=1, keepdims=True)
+    shares: Weights = weights / weights.sum(axis=1, keepdims=True)
     while (shares > most * (1 + 1e-12)).any():
         clipped = shares >= most
         rest = np.where(clipped, 0.0, weights)
         left = 1.0 - most * clipped.sum(axis=1, keepdims=True)
-        shares = np.where(clipped, most, rest * left / rest.sum(axis=1, keepdims=True))
+        scale = left / np.maximum(rest.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        shares = np.where(clipped, most, rest * scale)
     return shares
 
 
@@ -136,13 +138,14 @@ def _with_imbalance(loads: Weights, imbalance: float) -> Weights:
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if (relative**middle).mean() > 1 / imbalance else (low, middle)
-    return relative**low
+    powered: Weights = relative**low
+    return powered
 
 
 def _apportion(weights: Weights, total: int) -> Rows:
     """total split in proportion to weights, largest remainders first, ties to the lowest index."""
     exact = weights * (total / weights.sum())
-    rows = np.floor(exact).astype(np.int64)
+    rows: Rows = np.floor(exact).astype(np.int64)
     by_remainder = np.argsort(rows - exact, kind="stable")
     rows[by_remainder[: total - int(rows.sum())]] += 1
     return rows

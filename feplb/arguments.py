@@ -1,0 +1,89 @@
+"""What ``run_experts`` and ``begin`` are given, checked before anything is published.
+
+Every check raises ValueError with what was seen and what was expected; the balancer adds where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .call import WeightLayout
+from .config import LayerSpec
+
+_ALIGNMENT = 16  # bytes; below it the bits of small GEMMs change
+
+
+def checked_counts(counts: Sequence[int] | Tensor, num_local_experts: int) -> list[int]:
+    """``counts`` as host ints, one per local expert."""
+    if isinstance(counts, Tensor):
+        if counts.device.type != "cpu":
+            raise ValueError(f"counts are on {counts.device}, expected host ints")
+        counts = counts.tolist()
+    checked = [int(count) for count in counts]
+    if len(checked) != num_local_experts:
+        raise ValueError(f"counts has {len(checked)} entries, expected {num_local_experts}")
+    for expert, count in enumerate(checked):
+        if not 0 <= count < 1 << 31:
+            raise ValueError(f"counts[{expert}] is {count}, expected 0 to 2^31 - 1")
+    return checked
+
+
+def check_rows(
+    rows: Tensor, row_data: Sequence[Tensor], counts: Sequence[int], spec: LayerSpec
+) -> None:
+    """Rows and their side data against the counts and the spec."""
+    if rows.dim() == 2 and rows.shape[0] != sum(counts):
+        raise ValueError(f"counts add up to {sum(counts)}, expected the {rows.shape[0]} rows given")
+    _check_tensor("rows", rows, (sum(counts), spec.hidden), spec.dtype)
+    if rows.data_ptr() % _ALIGNMENT:
+        raise ValueError(
+            f"rows start {rows.data_ptr() % _ALIGNMENT} bytes after a multiple of {_ALIGNMENT}, "
+            "expected an aligned tensor. Clone them."
+        )
+    if len(row_data) != len(spec.row_data):
+        raise ValueError(f"{len(row_data)} row_data tensors, expected {len(spec.row_data)}")
+    for i, (data, want) in enumerate(zip(row_data, spec.row_data, strict=True)):
+        _check_tensor(f"row_data[{i}]", data, (sum(counts), *want.shape), want.dtype)
+
+
+def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} are on {tensor.device}, expected cpu for the host lane")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} have dtype {tensor.dtype}, expected {dtype} as in the LayerSpec")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} have shape {tuple(tensor.shape)}, expected {shape}")
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} are not contiguous (stride {tensor.stride()}), expected row-major. Call "
+            ".contiguous() on them: feplb adds no hidden copy."
+        )
+
+
+def check_weights(layout: WeightLayout, flat: Sequence[Tensor], spec: LayerSpec) -> None:
+    """Weights against the spec; all experts of a tensor take gradients, or none."""
+    views = layout.per_tensor(flat)
+    if len(views) != len(spec.weights):
+        raise ValueError(f"{len(views)} weight tensors per expert, expected {len(spec.weights)}")
+    for t, (view, want) in enumerate(zip(views, spec.weights, strict=True)):
+        if len(view) != spec.num_local_experts:
+            raise ValueError(
+                f"weights[{t}] has {len(view)} experts, expected {spec.num_local_experts}"
+            )
+        for expert in [view[0]] if isinstance(view, Tensor) else view:
+            if tuple(expert.shape) != want.shape or expert.dtype != want.dtype:
+                raise ValueError(
+                    f"weights[{t}] of an expert is {tuple(expert.shape)} {expert.dtype}, expected "
+                    f"{want.shape} {want.dtype} as in the LayerSpec"
+                )
+            if not expert.is_contiguous() or expert.device.type != "cpu":
+                raise ValueError(
+                    f"weights[{t}] of an expert has stride {expert.stride()} on {expert.device}, "
+                    "expected contiguous on cpu"
+                )
+    for t, needs in enumerate(layout.per_tensor([weight.requires_grad for weight in flat])):
+        if not isinstance(needs, bool) and any(needs) and not all(needs):
+            raise ValueError(f"weights[{t}]: experts {needs} need grad; freeze all or none")

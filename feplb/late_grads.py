@@ -1,0 +1,124 @@
+"""Weight grads that come home late: announced by run_experts, added by prepare_weights.
+
+Awaiting them inside the layer's backward would leave a third to a half of backward's gain on the
+table (modelled); deferred to the node that autograd runs after the dispatch's backward, they hide.
+That order is never relied upon: a backward that finds an earlier call's grads unconsumed takes them
+out of the arena first, and so do ``check()`` and ``close()``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .call import RoutedMove, WeightLayout
+
+if TYPE_CHECKING:
+    from .balancer import Balancer
+
+
+@dataclass
+class LateGrads:
+    """Weight grads of one backward call that are still on their way home.
+
+    Lives between ``run_experts``'s backward, which fills it, and ``prepare_weights``'s backward,
+    which empties it. If another backward call begins first, ``take`` copies the grads out of the
+    arena, so that their slots can be used again.
+    """
+
+    seq: int
+    layer: int
+    sent: tuple[RoutedMove, ...]
+    weights: WeightLayout
+    sinks: Any
+    tensors: tuple[int, ...]  # which tensors of an expert have grads
+    placed: tuple[bool, ...]  # per sent move: the owner computed no row of the expert
+    grads: list[Tensor | None]  # what run_experts's backward returned, flat
+    private: list[dict[int, Tensor]] | None = None  # per sent move, once taken
+
+    def take(self, balancer: Balancer) -> None:
+        """Wait for the grads and copy them out of the arena. Blocks until the deadline."""
+        if self.private is None:
+            views = balancer.await_grads(self)
+            self.private = [{t: view[t].clone() for t in self.tensors} for view in views]
+            balancer.release_grads(self)
+
+    def add_to(self, balancer: Balancer, grads: list[Tensor | None]) -> None:
+        """Put every grad where it belongs: place it, or add it, in the plan's order."""
+        views = self.private if self.private is not None else balancer.await_grads(self)
+        targets = self.weights.per_tensor(grads)
+        for move, place, view in zip(self.sent, self.placed, views, strict=True):
+            for t in self.tensors:
+                if self.sinks is not None:
+                    self.sinks[t][move.expert_idx].add_(view[t])
+                elif place and targets[t] is not None:
+                    targets[t][move.expert_idx].copy_(view[t])
+                elif targets[t] is not None:
+                    targets[t][move.expert_idx].add_(view[t])
+        if self.private is None:
+            balancer.release_grads(self)
+
+
+@dataclass
+class LateNode:
+    """The link between one ``prepare_weights`` and the ``run_experts`` that uses its outputs."""
+
+    used: bool = False
+    pending: LateGrads | None = None
+
+
+class _PrepareWeights(Function):
+    """Identity whose backward adds the late weight grads of this layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, balancer: Balancer, late: LateNode, *weights: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.balancer = balancer
+        ctx.late = late
+        ctx.set_materialize_grads(False)
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        late: LateNode = ctx.late
+        pending, late.pending = late.pending, None
+        if pending is None:
+            return (None, None, *grads)
+        results: list[Tensor | None] = []
+        foreign = False
+        for grad, own in zip(grads, pending.grads, strict=True):
+            is_own = grad is not None and own is not None and grad.data_ptr() == own.data_ptr()
+            foreign |= grad is not None and not is_own
+            results.append(grad if is_own or grad is None else grad.clone())
+        if foreign:  # the weights have other uses: what stands there is not zero, so add
+            pending = dataclasses.replace(pending, placed=(False,) * len(pending.placed))
+        pending.add_to(ctx.balancer, results)
+        ctx.balancer.forget(late)
+        return (None, None, *results)
+
+
+def prepare_weights(balancer: Balancer, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Identity on ``weights``, marked so that ``run_experts`` finds its late node."""
+    late = LateNode()
+    prepared: tuple[Tensor, ...] = _PrepareWeights.apply(balancer, late, *weights)
+    if any(weight.requires_grad for weight in prepared):
+        for weight in prepared:
+            weight._feplb_late = late  # type: ignore[attr-defined]
+    return prepared
+
+
+def late_node_of(weights: Sequence[Tensor]) -> LateNode | None:
+    """The late node these weights were prepared with, if no other call uses it."""
+    late: LateNode | None = getattr(weights[0], "_feplb_late", None)
+    if late is None or late.used:
+        return None
+    late.used = True
+    return late

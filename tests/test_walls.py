@@ -1,0 +1,110 @@
+"""The walls of the house: what may be named where. A room that grows a second door fails here."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "feplb"
+
+# What only some files may say.
+WALLS = {
+    "pybind11": (r"pybind11", "csrc/*", {"csrc/bindings.cpp"}),
+    "libtorch": (r"#include <(torch|ATen|c10)/", "csrc/*", set()),
+    "cuda": (r"\bcuda[A-Z]|\bcu[A-Z][a-z]+\(|<cuda", "csrc/*", {"csrc/device_cuda.cpp"}),
+    "threads": (
+        r"std::thread\b|pthread_create",
+        "csrc/*",
+        {"csrc/mover.h", "csrc/mover.cpp", "csrc/device_host.cpp", "csrc/device_sim.cpp"},
+    ),
+    "environment": (r"os\.environ|os\.getenv|\bgetenv\(", "**/*", {"config.py"}),
+    "frameworks": (
+        r"^\s*(import|from) (megatron|transformers|torchtitan|deep_ep)",
+        "**/*.py",
+        {"dispatch/deepep.py"},
+    ),
+    "print": (r"^\s*print\(", "**/*.py", {"cli.py"}),
+}
+
+# Imports run downwards only: a room may use the rooms after it, never those before it.
+ORDER = [
+    ["moe", "training"],
+    ["balancer"],
+    ["two_phase"],
+    ["late_grads", "arena_views", "arguments", "connect"],
+    ["call", "memory"],
+    ["compute", "router", "dispatch", "scheduler"],
+    ["config", "_core"],
+]
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
+
+# The planner is mathematics: no device, thread, time or log.
+PURE = ["csrc/plan.h", "csrc/plan.cpp", "csrc/arena.h", "csrc/arena.cpp"]
+
+
+def sources(pattern: str) -> Iterator[Path]:
+    for path in sorted(PACKAGE.glob(pattern)):
+        if path.suffix in (".py", ".h", ".cpp"):
+            yield path
+
+
+@pytest.mark.parametrize("wall", WALLS)
+def test_only_its_room_names(wall: str) -> None:
+    pattern, where, allowed = WALLS[wall]
+    found = {
+        str(path.relative_to(PACKAGE))
+        for path in sources(where)
+        if re.search(pattern, path.read_text(), re.MULTILINE)
+    }
+    assert found <= allowed | {name for name in found if name.startswith("integrations/")}
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_planning_knows_no_device_thread_time_or_log(name: str) -> None:
+    text = (PACKAGE / name).read_text()
+    assert not re.search(r"#include <(thread|mutex|chrono|atomic|iostream|cstdio)>", text)
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Rooms of feplb that a file imports when it is loaded (not for type checking only)."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and (node.level or str(node.module)[:6] == "feplb."):
+            module = (node.module or "").removeprefix("feplb.").split(".")[0]
+            yield from [module] if module else [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize("room", sorted(set(LEVEL) - {"_core"}))
+def test_imports_run_downwards(room: str) -> None:
+    folder = PACKAGE / room
+    files = sorted(folder.glob("*.py")) if folder.is_dir() else [PACKAGE / f"{room}.py"]
+    siblings = {path.stem for path in files}
+    for path in files:
+        for other in _imports(path):
+            if other == room or (folder.is_dir() and other in siblings):
+                continue
+            assert LEVEL[other] > LEVEL[room], f"{path.name} imports {other}, which is not below it"
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    rooms |= {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert rooms <= set(LEVEL) | {"integrations", "observe", "cli"}
+
+
+def test_import_starts_no_thread_and_touches_no_gpu() -> None:
+    code = (
+        "import threading, sys, os; import feplb; "
+        "assert threading.active_count() == 1; "
+        "names = [open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')]; "
+        "assert not any(n.startswith('feplb') for n in names), names; "
+        "import torch; assert not torch.cuda.is_initialized(); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
