@@ -4,6 +4,9 @@ C++ planning on one thread: counts in memory -> plan in memory, capacity checks 
 inputs from the calibrated routing, each plan checked before any is timed. Every call is timed alone
 with steady_clock; an input's figure is the median of the passes over all inputs (a pass repeats
 none), less what the clock itself costs (csrc/bindings.cpp, time_each). Percentiles are over inputs.
+
+The last row is another question (bench/handover.py): from handing over the counts to reading the
+plan in Python, two processes, the mover on the same core as its rank.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from handover import handover_row
 from report import Report, Row, arguments, iqr, median, percentile
 
 from feplb import _core
@@ -134,6 +138,7 @@ def main(options: Namespace) -> None:
     report = Report(bench="plan_latency", lane="none")
     report.header(threads=1, passes=passes, check="plan_violations")
     rows = plan_rows(num_inputs, passes)
+    rows.append(handover_row("greedy", 4, 300 if options.quick else 2000))
     report.table(rows, COLUMNS)
     print("\nstraggler: max - mean of the rank loads in rows, mean over inputs")
     report.write(options.json, rows)

@@ -282,7 +282,6 @@ class Balancer:
             self.core.drain()
             self._begin(KIND_CHECK, -1, 0, 0, [])
             self._agree("check()")
-            self.core.finish()
             self._micro_batches = [0] * len(self.layers)
 
     def close(self) -> None:

@@ -466,7 +466,6 @@ class _FunctionCompute(ExpertCompute):
         save: bool,
     ) -> Saved:
         graphs = _Graphs(_SavedByGraph(), [], [], [])
-        by_graph, anchor = graphs.by_graph, torch.empty(0, requires_grad=True)
         leaves = _leaves(rows, row_data, segments, weights)
         for k, (inputs, (span, _, weight_idx)) in enumerate(
             zip(leaves, _spans(segments), strict=True)
@@ -475,23 +474,32 @@ class _FunctionCompute(ExpertCompute):
                 f"as_compute(fn) (segment {k}, rows {span.start} to {span.stop - 1}, "
                 f"weight index {weight_idx})"
             )
-            if not save:
+            if save:
+                self._record(graphs, inputs, len(row_data), out[span], where)
+            else:
                 self._run([_alias(t) for t in inputs], len(row_data), out[span], where)
-                continue
-            with torch.enable_grad(), saved_tensors_hooks(by_graph.pack, by_graph.unpack):
-                entered = _Enter.apply(anchor, inputs)
-                graphs.inputs.extend(_edge(t) for t in entered)
-                by_graph.first_leaf = len(by_graph.leaves)
-                by_graph.leaves.extend(entered)
-                graphs.outputs.append(self._run(entered, len(row_data), out[span], where))
-                # Autograd makes this check itself only where no hooks are set.
-                _check_unchanged(by_graph.tensors, by_graph.versions, where, _NEEDED)
         if not save:
             return Saved(())
-        saved = Saved(tuple(by_graph.tensors), graphs)
+        saved = Saved(tuple(graphs.by_graph.tensors), graphs)
         graphs.layout.extend(_layout(segments, saved.tensors, leaves))
-        by_graph.bind([], ())
+        graphs.by_graph.bind([], ())
         return saved
+
+    def _record(
+        self, graphs: _Graphs, inputs: list[Tensor], num_row_data: int, out: Tensor, where: str
+    ) -> None:
+        """Run fn on one segment under autograd, and add its graph to ``graphs``."""
+        by_graph = graphs.by_graph
+        first_saved = len(by_graph.tensors)
+        with torch.enable_grad(), saved_tensors_hooks(by_graph.pack, by_graph.unpack):
+            entered = _Enter.apply(torch.empty(0, requires_grad=True), inputs)
+            graphs.inputs.extend(_edge(t) for t in entered)
+            by_graph.first_leaf = len(by_graph.leaves)
+            by_graph.leaves.extend(entered)
+            graphs.outputs.append(self._run(entered, num_row_data, out, where))
+        # Autograd makes this check itself only where no hooks are set.
+        saved, versions = by_graph.tensors[first_saved:], by_graph.versions[first_saved:]
+        _check_unchanged(saved, versions, where, _NEEDED)
 
     def _run(
         self, inputs: Sequence[Tensor], num_row_data: int, out: Tensor, where: str

@@ -14,8 +14,8 @@ class MemoryReport:
 
     Args:
         parts: arena part -> bytes. Per layer, with C = max_rows, row = H x itemsize, side =
-            bytes of a row's side data, expert = bytes of an expert's weights; all layers share the largest:
-            rows 2 x C x (2 row + side); returns 2 x C x (row + side); outbox the same;
+            bytes of a row's side data, expert = bytes of an expert's weights; all layers share the
+            largest: rows 2 x C x (2 row + side); returns 2 x C x (row + side); outbox the same;
             weight slots and grad outbox num_slots x expert; grad slots num_grad_slots x expert.
         board_bytes: the count board, once per domain.
         recv_rows: C of the largest layer. Beside the arena, a helper keeps what the compute saves

@@ -392,7 +392,7 @@ def test_one_row_has_the_same_bits_with_two_threads(compute: ExpertCompute) -> N
     # MKL shares the columns of a one-row product among threads by the address of the result.
     torch.set_num_threads(2)
     rng = random.Random(0)
-    for seed in range(60):
+    for seed in range(20):
         hidden, width = 4 * rng.randint(8, 60), 4 * rng.randint(8, 60)
         addresses = [16 * rng.randint(0, 255) for _ in range(5)]
         layout = Layout(torch.float32, [1, 1, 2], hidden, width, 0, addresses)
@@ -603,7 +603,7 @@ def test_as_compute_gives_the_bits_of_plain_autograd(name: str) -> None:
     expected = [torch.zeros_like(t) for t in leaves]
     if out.requires_grad:
         grads = torch.autograd.grad(out, leaves, case.grad_out, allow_unused=True)
-        expected = [e if g is None else g for e, g in zip(expected, grads, strict=True)]
+        expected = [e if g is None else g.clone() for e, g in zip(expected, grads, strict=True)]
     again = case.copied()
     saved = case.forward(as_compute(fn))
     case.destroy_inputs()
@@ -679,7 +679,7 @@ def test_other_segments_than_in_forward_are_refused(compute: ExpertCompute) -> N
     case = make_case([(0, 4, 0), (6, 9, 2)])
     saved = case.forward(compute)
     case.segments = [(0, 4, 0), (6, 8, 2)]
-    with pytest.raises(RuntimeError, match=r"expected (\(7, 40\)|\[\(0, 4, 0\), \(6, 9, 2\)\])"):
+    with pytest.raises(RuntimeError, match=r"expected (\(6, 40\)|\[\(0, 4, 0\), \(6, 9, 2\)\])"):
         case.backward(compute, saved)
 
 

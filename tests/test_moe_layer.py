@@ -333,7 +333,7 @@ def test_no_gradient_mode_leaves_nothing_behind() -> None:
 
 def run_in_bf16(rank: int, num_ranks: int, xs: list[Tensor]) -> Tensor:
     layer = MoELayer(dataclasses.replace(CONFIG, dtype=torch.bfloat16), group=dist.group.WORLD)
-    out = layer(xs[rank].requires_grad_())
+    out: Tensor = layer(xs[rank].requires_grad_())
     out.sum().backward()
     return out.detach()
 

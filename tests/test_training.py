@@ -63,7 +63,8 @@ def make_tokens(num_ranks: int) -> Tensor:
 
 
 def mean_loss(model: TinyModel, x: Tensor) -> Tensor:
-    return model(x).square().sum(-1).mean()
+    out: Tensor = model(x)
+    return out.square().sum(-1).mean()
 
 
 def grads_of(model: nn.Module) -> Tensors:

@@ -22,7 +22,13 @@ WALLS = {
     "threads": (
         r"std::thread\b|pthread_create",
         "csrc/*",
-        {"csrc/mover.h", "csrc/mover.cpp", "csrc/device_host.cpp", "csrc/device_sim.cpp"},
+        {
+            "csrc/mover.h",
+            "csrc/mover.cpp",
+            "csrc/device_host.cpp",
+            "csrc/sim_world.h",
+            "csrc/sim_world.cpp",
+        },
     ),
     "environment": (r"os\.environ|os\.getenv|\bgetenv\(", "**/*", {"config.py"}),
     "frameworks": (
@@ -35,7 +41,8 @@ WALLS = {
 
 # Imports run downwards only: a room may use the rooms after it, never those before it.
 ORDER = [
-    ["moe", "training"],
+    ["moe"],
+    ["training"],
     ["balancer"],
     ["two_phase"],
     ["late_grads", "arena_views", "arguments", "connect"],
@@ -55,13 +62,19 @@ def sources(pattern: str) -> Iterator[Path]:
             yield path
 
 
+def code_of(path: Path) -> str:
+    """A file without its C++ comments: what it does, not what it talks about."""
+    text = path.read_text()
+    return text if path.suffix == ".py" else re.sub(r"//.*", "", text)
+
+
 @pytest.mark.parametrize("wall", WALLS)
 def test_only_its_room_names(wall: str) -> None:
     pattern, where, allowed = WALLS[wall]
     found = {
         str(path.relative_to(PACKAGE))
         for path in sources(where)
-        if re.search(pattern, path.read_text(), re.MULTILINE)
+        if re.search(pattern, code_of(path), re.MULTILINE)
     }
     assert found <= allowed | {name for name in found if name.startswith("integrations/")}
 

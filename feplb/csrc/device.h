@@ -111,10 +111,6 @@ class Device {
   // A lane that runs mover and watchdog itself takes them, until stop(), and returns true.
   virtual bool drive(Crew /*crew*/) { return false; }
 
-  // After a failure: returns once no accepted copy reads the caller's memory any more, where copies
-  // end without any peer's help (host). Elsewhere the caller's memory is reused in stream order.
-  virtual void finish_copies() noexcept {}
-
   // Flags written on the compute stream are visible at once, so the writer may ring for them.
   virtual bool is_inline() const = 0;
 

@@ -57,7 +57,6 @@ class HostDevice final : public Device {
   void copy_batch(StreamKind stream, const std::vector<CopyOp>& copies) override;
   void write_flag(StreamKind stream, Flag* flag, Epoch epoch) override;
   bool compute_drained() override { return true; }
-  void finish_copies() noexcept override;
   bool is_inline() const override { return true; }
   LaneStats stats() const override;
   void stop() noexcept override;
@@ -106,18 +105,6 @@ WaitResult HostDevice::wait_flag(const Flag* flag, Epoch epoch, const WaitLimits
     const TimePoint now = Clock::now();
     if (now >= limits.deadline) return WaitResult::kTimedOut;
     futex_wait(word, seen, std::min(limits.deadline, now + kNap));
-  }
-}
-
-void HostDevice::finish_copies() noexcept {
-  static const std::atomic<bool> kNever{false};
-  for (int i = 0; i < kNumStreams; ++i) {
-    const uint64_t accepted = record(static_cast<StreamKind>(i)).position;
-    const std::atomic<uint64_t>& finished = streams_[i].finished;
-    const auto done = [&] { return finished.load(std::memory_order_acquire) >= accepted; };
-    while (wait_host(finished_bell_, done, WaitLimits{Clock::now() + kNap, &kNever}) !=
-           WaitResult::kReached) {
-    }
   }
 }
 

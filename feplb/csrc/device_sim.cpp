@@ -10,7 +10,10 @@ void SimDevice::launch(std::function<void()> kernel) {
   streams().add_kernel(std::move(kernel));
 }
 
-void SimDevice::bind_compute(std::uintptr_t /*stream*/) { world_->driver_call(rank_); }
+void SimDevice::bind_compute(std::uintptr_t stream) {
+  world_->driver_call(rank_);
+  streams().bind_compute(static_cast<int>(stream));
+}
 
 Event SimDevice::record(StreamKind stream) {
   world_->driver_call(rank_);
@@ -48,7 +51,7 @@ void SimDevice::write_flag(StreamKind stream, Flag* flag, Epoch epoch) {
   streams().add_flag_write(stream, flag, epoch);
 }
 
-bool SimDevice::compute_drained() { return streams().drained(StreamKind::kCompute); }
+bool SimDevice::compute_drained() { return streams().compute_drained(); }
 
 WaitResult SimDevice::wait_host(Bell& /*bell*/, const std::function<bool()>& done,
                                 const WaitLimits& limits) {

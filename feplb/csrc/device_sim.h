@@ -19,7 +19,7 @@ class SimDevice : public Device {
   // driver until everything queued on this device has run, as a lazy module load or cudaFree does.
   void launch(std::function<void()> kernel);
 
-  void bind_compute(std::uintptr_t stream) override;
+  void bind_compute(std::uintptr_t stream) override;  // 0 or 1
   Event record(StreamKind stream) override;
   WaitResult wait_event(Event event, const WaitLimits& limits) override;
   WaitResult wait_flag(const Flag* flag, Epoch epoch, const WaitLimits& limits) override;

@@ -74,6 +74,7 @@ void Domain::close() noexcept {
   mover_thread_.join();
   watchdog_thread_.join();
   device_->stop();
+  memory_.owner.reset();  // views that are still alive keep the mapping, nothing else does
 }
 
 bool Domain::forked() const { return getpid() != pid_; }
@@ -108,12 +109,17 @@ std::string Domain::where(const char* phase) const {
   return text + ")";
 }
 
-// The caller frees its tensors once it hears of a failure: by then no copy may read them.
+// Once the caller hears of a failure it lets go of its tensors, and a lifted wait no longer tells
+// that peers have them: what its compute stream does next comes after this rank's own copies.
 void Domain::let_go_of_inputs() {
+  if (!in_call_) return;
   static const std::atomic<bool> kNever{false};
-  const auto done = [this] { return mover_.cancelled(); };
-  device_->wait_host(caller_bell_, done, WaitLimits{limits().deadline, &kNever});
-  device_->finish_copies();
+  const WaitLimits wait{limits().deadline, &kNever};
+  device_->wait_host(caller_bell_, [this] { return mover_.cancelled(); }, wait);
+  for (const Event& event : {mover_.last_push(kRowsRegion, 0), mover_.last_push(kRowsRegion, 1),
+                             mover_.last_push(kWeightsRegion, 0)}) {
+    if (fence_on(Fence::kDrainInputs) && event.position != 0) device_->wait_event(event, wait);
+  }
 }
 
 void Domain::raise(const std::string& what) {
@@ -163,7 +169,7 @@ const Agreement& Domain::wait_plan() {
   const WaitResult result = device_->wait_host(caller_bell_, done, limits());
   if (!mover_.planned()) settle(result, kPhase, mover_.missing_headers());
   const Agreement& agreement = mover_.agreement();
-  if (!agreement.refusal.empty()) {
+  if (!agreement.refusal.empty() || call_.kind == CallKind::kCheck) {  // nothing will move
     mover_.end();
     in_call_ = false;
   }
@@ -291,10 +297,11 @@ void Domain::await_grads(uint64_t seq, const std::vector<int>& helper_ranks) {
 }
 
 void Domain::release_grads(uint64_t seq) {
-  if (!failure_.poisoned()) release(kGradsRegion, seq);
+  if (!closed_ && !failure_.poisoned()) release(kGradsRegion, seq);
 }
 
 void Domain::fail(const std::string& text) {
+  if (closed_) return;
   failure_.poison(text);
   let_go_of_inputs();
   in_call_ = false;

@@ -61,7 +61,8 @@ class Domain {
 
   // Starts mover and watchdog, once every rank has built its domain.
   void open();
-  // Ends threads and lane without any collective. Idempotent; in a forked child it does nothing.
+  // Ends threads and lane without any collective and lets go of the memory; only closed() and
+  // failure_text() may be called afterwards. Idempotent; in a forked child it does nothing.
   void close() noexcept;
   bool closed() const { return closed_; }
 

@@ -95,7 +95,10 @@ void Mover::begin(CallHeader header, std::vector<Move> saved_moves) {
   board_.publish(rank_, header_);
   // Its own mover may still sleep as it did in the last call, when it wanted jobs and no headers.
   board_.bell(rank_).ring(kJobRing);
-  for (int rank = 0; rank < board_.num_ranks(); ++rank) board_.bell(rank).ring(kHeaderRing);
+  for (int rank = 0; rank < board_.num_ranks(); ++rank) {
+    // The own mover may be asleep since the last call, when it wanted no headers.
+    board_.bell(rank).ring(rank == rank_ ? kJobRing | kHeaderRing : kHeaderRing);
+  }
 }
 
 void Mover::post(Level level, Event ready, std::vector<Push> pushes) {
@@ -335,7 +338,8 @@ bool Mover::awaits_release() {
 // What the mover needs to be woken for, in its present state.
 uint32_t Mover::wanted() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (!live_ || !planned()) return kHeaderRing | kStopRing;
+  if (!live_) return kJobRing | kStopRing;
+  if (!planned()) return kHeaderRing | kStopRing;
   return kJobRing | kReleaseRing | kStopRing;
 }
 

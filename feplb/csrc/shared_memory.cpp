@@ -67,7 +67,7 @@ SharedMemory SharedMemory::open(const std::string& name, std::size_t bytes) {
 }
 
 SharedMemory::SharedMemory(std::string name, std::byte* data, std::size_t bytes, bool linked)
-    : name_(std::move(name)), data_(data), bytes_(bytes), linked_(linked) {}
+    : name_(std::move(name)), data_(data), bytes_(bytes), linked_(linked), pid_(getpid()) {}
 
 SharedMemory::SharedMemory(SharedMemory&& other) noexcept { *this = std::move(other); }
 
@@ -76,10 +76,12 @@ SharedMemory& SharedMemory::operator=(SharedMemory&& other) noexcept {
   std::swap(data_, other.data_);
   std::swap(bytes_, other.bytes_);
   std::swap(linked_, other.linked_);
+  std::swap(pid_, other.pid_);
   return *this;
 }
 
 SharedMemory::~SharedMemory() {
+  if (getpid() != pid_) return;  // a forked child has no such mapping, and the name is not its own
   unlink();
   if (data_ != nullptr) munmap(data_, bytes_);
 }

@@ -4,6 +4,8 @@
 // creator as soon as every peer has mapped it, so that even SIGKILL leaves nothing behind.
 #pragma once
 
+#include <sys/types.h>
+
 #include <cstddef>
 #include <string>
 
@@ -42,6 +44,7 @@ class SharedMemory {
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0;
   bool linked_ = false;  // the name still exists and is ours to remove
+  pid_t pid_ = -1;       // the process that mapped it
 };
 
 }  // namespace feplb

@@ -10,7 +10,11 @@
 namespace feplb {
 namespace {
 
-constexpr const char* kStreamNames[kNumStreams] = {"compute", "rows", "weights", "returns"};
+constexpr const char* kStreamNames[kNumSimStreams] = {"compute", "rows", "weights", "returns",
+                                                      "second compute"};
+
+// An event of the second compute stream has this bit in its position.
+constexpr uint64_t kSecondCompute = uint64_t{1} << 62;
 
 // At least two parts, torn at any byte.
 void tear(const CopyOp& copy, SimRandom& random, std::vector<CopyOp>& parts) {
@@ -37,9 +41,10 @@ uint64_t SimRandom::next() {
 }
 
 void SimStreams::add(StreamKind stream, Op op) {
-  at(stream).ops.push_back(std::move(op));
-  ++at(stream).accepted;
-  if (single_queue_) order_.push_back(stream);
+  const int idx = index_of(stream);
+  at(idx).ops.push_back(std::move(op));
+  ++at(idx).accepted;
+  if (single_queue_) order_.push_back(idx);
 }
 
 void SimStreams::add_kernel(std::function<void()> run) {
@@ -79,54 +84,60 @@ void SimStreams::add_flag_wait(const Flag* flag, Epoch epoch) {
   add(StreamKind::kCompute, std::move(op));
 }
 
-Event SimStreams::record(StreamKind stream) const { return Event{stream, at(stream).accepted}; }
+Event SimStreams::record(StreamKind stream) const {
+  const int idx = index_of(stream);
+  return Event{stream, at(idx).accepted | (idx < kNumStreams ? 0 : kSecondCompute)};
+}
+
+bool SimStreams::has_fired(const Event& event) const {
+  const bool is_second = (event.position & kSecondCompute) != 0;
+  const int idx = is_second ? kNumStreams : static_cast<int>(event.stream);
+  return at(idx).finished >= (event.position & ~kSecondCompute);
+}
 
 SimStreams::Positions SimStreams::accepted() const {
   Positions positions;
-  for (std::size_t i = 0; i < kNumStreams; ++i) positions[i] = streams_[i].accepted;
+  for (std::size_t i = 0; i < kNumSimStreams; ++i) positions[i] = streams_[i].accepted;
   return positions;
 }
 
 bool SimStreams::has_run(const Positions& positions) const {
-  for (std::size_t i = 0; i < kNumStreams; ++i) {
+  for (std::size_t i = 0; i < kNumSimStreams; ++i) {
     if (streams_[i].finished < positions[i]) return false;
   }
   return true;
 }
 
 bool SimStreams::is_satisfied(const Op& op) const {
-  if (op.kind == Kind::kEventWait) return at(op.event.stream).finished >= op.event.position;
+  if (op.kind == Kind::kEventWait) return has_fired(op.event);
   if (op.kind != Kind::kFlagWait) return true;
   const Epoch seen = op.awaited->epoch.load(std::memory_order_acquire);
   return epoch_reached(seen, op.epoch) || (!fence_on(Fence::kEpochCheck) && seen != 0);
 }
 
-bool SimStreams::can_step(StreamKind stream) const {
-  const std::deque<Op>& ops = at(stream).ops;
-  if (ops.empty() || (single_queue_ && order_.front() != stream)) return false;
+bool SimStreams::can_step(int idx) const {
+  const std::deque<Op>& ops = at(idx).ops;
+  if (ops.empty() || (single_queue_ && order_.front() != idx)) return false;
   return is_satisfied(ops.front());
 }
 
-bool SimStreams::step(StreamKind stream, SimRandom& random) {
-  Op& op = at(stream).ops.front();
+bool SimStreams::step(int idx, SimRandom& random, const SeeCopy& see_copy) {
+  Op& op = at(idx).ops.front();
   const bool writes_flag = op.kind == Kind::kFlagWrite;
   if (op.kind == Kind::kKernel) op.run();
   if (writes_flag) op.flag->epoch.store(op.epoch, std::memory_order_release);
   while (!op.parts.empty()) {
     CopyOp& part = op.parts[random.below(static_cast<uint32_t>(op.parts.size()))];
+    if (see_copy) see_copy(part);
     std::memcpy(part.dst, part.src, part.bytes);
     part = op.parts.back();
     op.parts.pop_back();
     if (!op.parts.empty() && random.one_in(4)) return false;
   }
-  finish_head(stream);
-  return writes_flag;
-}
-
-void SimStreams::finish_head(StreamKind stream) {
-  at(stream).ops.pop_front();
-  ++at(stream).finished;
+  at(idx).ops.pop_front();
+  ++at(idx).finished;
   if (single_queue_) order_.pop_front();
+  return writes_flag;
 }
 
 void SimStreams::vanish() {
@@ -139,13 +150,12 @@ void SimStreams::vanish() {
 
 std::string SimStreams::describe(const NameFlag& name_flag) const {
   std::string text;
-  for (std::size_t i = 0; i < kNumStreams; ++i) {
+  for (std::size_t i = 0; i < kNumSimStreams; ++i) {
     if (streams_[i].ops.empty()) continue;
     const Op& op = streams_[i].ops.front();
     std::string head = "could run";
     if (op.kind == Kind::kEventWait) {
-      head = cat("waits for ", kStreamNames[static_cast<std::size_t>(op.event.stream)],
-                 " to reach ", op.event.position);
+      head = cat("waits for an event of ", kStreamNames[static_cast<std::size_t>(op.event.stream)]);
     } else if (op.kind == Kind::kFlagWait) {
       head = cat("waits for flag ", name_flag(op.awaited), " >= ", op.epoch, ", it is ",
                  op.awaited->epoch.load());

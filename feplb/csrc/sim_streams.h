@@ -5,7 +5,10 @@
 //   batch of copies        each copy is two or more parts; any parts, in any order, at each step,
 //                          so that readers see torn data
 //   event and flag wait    block their stream until satisfied
-// With a single queue, only the operation submitted first of all four streams may run.
+// With a single queue, only the operation submitted first of all streams may run.
+//
+// There are two compute streams, as a caller may bind another one for each call. An event's
+// position says which one it lies in.
 #pragma once
 
 #include <array>
@@ -30,12 +33,19 @@ class SimRandom {
   uint64_t state_;
 };
 
+constexpr int kNumComputeStreams = 2;
+constexpr int kNumSimStreams = kNumStreams + kNumComputeStreams - 1;
+
 class SimStreams {
  public:
   using NameFlag = std::function<std::string(const Flag*)>;
-  using Positions = std::array<uint64_t, kNumStreams>;
+  using SeeCopy = std::function<void(const CopyOp&)>;
+  using Positions = std::array<uint64_t, kNumSimStreams>;
 
   explicit SimStreams(bool single_queue) : single_queue_(single_queue) {}
+
+  // From here on StreamKind::kCompute means this one.
+  void bind_compute(int compute_stream) { compute_ = compute_stream == 0 ? 0 : kNumStreams; }
 
   void add_kernel(std::function<void()> run);
   void add_copies(StreamKind stream, const std::vector<CopyOp>& copies, SimRandom& random);
@@ -46,11 +56,14 @@ class SimStreams {
   Event record(StreamKind stream) const;
   Positions accepted() const;
   bool has_run(const Positions& positions) const;
-  bool drained(StreamKind stream) const { return at(stream).ops.empty(); }
+  bool compute_drained() const {
+    return streams_[0].ops.empty() && streams_[kNumStreams].ops.empty();
+  }
 
-  bool can_step(StreamKind stream) const;
-  // Runs the head of `stream`, or some parts of it. Returns true if it wrote a flag.
-  bool step(StreamKind stream, SimRandom& random);
+  // By index: the StreamKinds, then further compute streams.
+  bool can_step(int idx) const;
+  // Runs the head, or some parts of it, after showing them to `see_copy`. True if it wrote a flag.
+  bool step(int idx, SimRandom& random, const SeeCopy& see_copy);
   // The device is gone: nothing of what it had to do happens any more.
   void vanish();
 
@@ -74,15 +87,19 @@ class SimStreams {
     uint64_t finished = 0;
   };
 
-  Stream& at(StreamKind stream) { return streams_[static_cast<std::size_t>(stream)]; }
-  const Stream& at(StreamKind stream) const { return streams_[static_cast<std::size_t>(stream)]; }
+  int index_of(StreamKind stream) const {
+    return stream == StreamKind::kCompute ? compute_ : static_cast<int>(stream);
+  }
+  Stream& at(int idx) { return streams_[static_cast<std::size_t>(idx)]; }
+  const Stream& at(int idx) const { return streams_[static_cast<std::size_t>(idx)]; }
   void add(StreamKind stream, Op op);
-  void finish_head(StreamKind stream);
+  bool has_fired(const Event& event) const;
   bool is_satisfied(const Op& op) const;
 
   bool single_queue_;
-  std::array<Stream, kNumStreams> streams_;
-  std::deque<StreamKind> order_;  // of all operations not finished, where there is one queue
+  int compute_ = 0;  // index of the bound compute stream
+  std::array<Stream, kNumSimStreams> streams_;
+  std::deque<int> order_;  // of all operations not finished, where there is one queue
 };
 
 }  // namespace feplb

@@ -15,6 +15,13 @@ struct Current {
 };
 thread_local Current current;
 
+// Says that a thread waits on the host, for as long as it lives.
+struct HostWait {
+  explicit HostWait(bool& waits_on_host) : waits(waits_on_host) { waits = true; }
+  ~HostWait() { waits = false; }
+  bool& waits;
+};
+
 }  // namespace
 
 SimWorld::SimWorld(int num_ranks, uint64_t seed, SimOptions options)
@@ -23,7 +30,7 @@ SimWorld::SimWorld(int num_ranks, uint64_t seed, SimOptions options)
       options_(std::move(options)),
       random_(seed),
       threads_(2 * static_cast<std::size_t>(num_ranks)),
-      weights_((3 + kNumStreams) * static_cast<std::size_t>(num_ranks), 1),
+      weights_((3 + kNumSimStreams) * static_cast<std::size_t>(num_ranks), 1),
       fault_pending_(options_.fault != SimFault::kNone),
       turn_changed_(threads_.size()) {
   pause_one_in_ = 1u << random_.below(7);
@@ -143,7 +150,8 @@ void SimWorld::driver_call(int rank) {
 }
 
 void SimWorld::load_module(int rank) {
-  if (!options_.blocking_driver || !random_.one_in(load_one_in_)) return;
+  if (current_thread() != rank || !options_.blocking_driver) return;
+  if (!random_.one_in(load_one_in_)) return;
   Rank& holder = ranks_[static_cast<std::size_t>(rank)];
   const SimStreams::Positions queued = holder.streams.accepted();
   const std::function<bool()> has_run = [&] { return holder.streams.has_run(queued); };
@@ -160,9 +168,8 @@ WaitResult SimWorld::wait_on_host(const std::function<bool()>& done, const WaitL
     return thread.timed_out || limits.poisoned->load() || done();
   };
   thread.timed_out = false;
-  thread.waits_on_host = true;
+  const HostWait mark(thread.waits_on_host);
   if (!over()) pause(self, &over, "something on the host");
-  thread.waits_on_host = false;
   if (done()) return WaitResult::kReached;
   return thread.timed_out ? WaitResult::kTimedOut : WaitResult::kPoisoned;
 }
@@ -251,10 +258,8 @@ int SimWorld::choose() {
     const Rank& state = ranks_[static_cast<std::size_t>(rank)];
     if (!state.is_alive) continue;
     consider(num_threads + rank, state.has_crew && state.looked_at != progress_);
-    for (int s = 0; s < kNumStreams; ++s) {
-      consider(num_threads + num_ranks_ + rank * kNumStreams + s,
-               state.streams.can_step(static_cast<StreamKind>(s)));
-    }
+    const int first_stream = num_threads + num_ranks_ + rank * kNumSimStreams;
+    for (int i = 0; i < kNumSimStreams; ++i) consider(first_stream + i, state.streams.can_step(i));
   }
   if (candidates_.empty()) return -1;
   const uint32_t drawn = random_.below(static_cast<uint32_t>(candidates_.back().second));
@@ -266,10 +271,11 @@ int SimWorld::choose() {
 void SimWorld::run_here(int actor) {
   const int first_stream = 3 * num_ranks_;
   if (actor < first_stream) return look(actor - 2 * num_ranks_);
-  const int rank = (actor - first_stream) / kNumStreams;
-  const auto stream = static_cast<StreamKind>((actor - first_stream) % kNumStreams);
+  const int rank = (actor - first_stream) / kNumSimStreams;
+  SimStreams& streams = ranks_[static_cast<std::size_t>(rank)].streams;
   try {
-    if (ranks_[static_cast<std::size_t>(rank)].streams.step(stream, random_)) ++flag_writes_;
+    const int idx = (actor - first_stream) % kNumSimStreams;
+    if (streams.step(idx, random_, options_.see_copy)) ++flag_writes_;
   } catch (const std::exception& error) {
     failure_ = cat("a kernel of rank ", rank, " failed: ", error.what());
   }
@@ -317,7 +323,7 @@ void SimWorld::resolve_stuck() {
   if (options_.deadlines) {
     for (int rank = 0; rank < num_ranks_; ++rank) {
       Thread& thread = threads_[static_cast<std::size_t>(rank)];
-      if (thread.has_ended || !thread.waits_on_host) continue;
+      if (thread.has_ended || !thread.waits_on_host || thread.timed_out) continue;
       thread.timed_out = true;
       return;
     }

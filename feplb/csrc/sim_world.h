@@ -42,6 +42,7 @@ struct SimOptions {
   int fault_rank = 0;
   uint64_t fault_step = 0;
   SimStreams::NameFlag name_flag;  // for messages
+  SimStreams::SeeCopy see_copy;  // shown every part of a copy before it is made, to check accesses
 };
 
 struct SimDeadlock : Error {

@@ -88,8 +88,7 @@ class AllToAllDispatcher:
             tokens: [T, H]; T may be zero and differ between ranks.
             topk_idx: [T, k] int64, global expert indices.
             num_experts: E, a multiple of ep_size.
-            on_counts: called with the rows per local expert as soon as the host knows them (it
-                waits for the device), before the payload is sent.
+            on_counts: gets the rows per local expert once the host has them, before the payload.
         Returns:
             rows [N, H] sorted by (local expert, source rank, token), and the handle for combine.
             If the tokens of any rank need a gradient, the rows need one on every rank.
@@ -100,23 +99,21 @@ class AllToAllDispatcher:
         self._check(tokens, topk_idx, num_experts)
         order = order_tokens(topk_idx, num_experts)
         sent, received = self._exchange_counts(order, tokens)
-        splits = [[sum(row) for row in side.counts] for side in (sent, received)]
         counts = [sum(column) for column in zip(*received.counts, strict=True)]
         if on_counts is not None:
             on_counts(counts)
-        rows = self._send(permute(tokens, order), *splits, needs_grad=received.tokens_need_grad)
-        row_order = None
+        rows, row_order = permute(tokens, order), None
+        rows = self._send(rows, sent.splits, received.splits, needs_grad=received.tokens_need_grad)
         if self.ep_size > 1:
             row_order = group_by_expert(received.on_device, sum(counts))
             rows = reorder(rows, row_order)
-        handle = DispatchHandle(
+        return rows, DispatchHandle(
             counts=tuple(counts),
             token_order=order,
             row_order=row_order,
-            send_splits=tuple(splits[0]),
-            recv_splits=tuple(splits[1]),
+            send_splits=sent.splits,
+            recv_splits=received.splits,
         )
-        return rows, handle
 
     def combine(self, rows: Tensor, topk_weights: Tensor, handle: DispatchHandle) -> Tensor:
         """Bring the experts' outputs home and add them per token. Collective over the group.
@@ -195,6 +192,7 @@ class _Header:
     def __init__(self, on_device: Tensor, on_host: list[list[int]]) -> None:
         self.on_device = on_device[:, :-2]
         self.counts = [row[:-2] for row in on_host]
+        self.splits = tuple(sum(row) for row in self.counts)
         self._num_invalid = [row[-2] for row in on_host]
         self._grad_states = [row[-1] for row in on_host]
 

@@ -39,16 +39,16 @@ void check_throws(const std::function<void()>& action, const std::string& part) 
 
 }  // namespace feplb_test
 
-#define TEST(name)                                                                       \
-  static void test_##name();                                                             \
-  static const ::feplb_test::Registration registration_of_##name(#name, test_##name);    \
+#define TEST(name)                                                                    \
+  static void test_##name();                                                          \
+  static const ::feplb_test::Registration registration_of_##name(#name, test_##name); \
   static void test_##name()
 
-#define CHECK(condition, ...)                                                            \
-  do {                                                                                   \
-    if (!(condition))                                                                    \
-      throw ::feplb_test::CheckFailed(::feplb::cat(__FILE__, ":", __LINE__,              \
-                                                   " `" #condition "`: ", __VA_ARGS__)); \
+#define CHECK(condition, ...)                                                         \
+  do {                                                                                \
+    if (!(condition))                                                                 \
+      throw ::feplb_test::CheckFailed(                                                \
+          ::feplb::cat(__FILE__, ":", __LINE__, " `" #condition "`: ", __VA_ARGS__)); \
   } while (0)
 
 #define CHECK_EQ(left, right) CHECK((left) == (right), "got ", (left), ", expected ", (right))

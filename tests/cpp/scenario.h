@@ -40,7 +40,8 @@ struct Call {
 struct Scenario {
   int num_ranks = 0;
   std::vector<Call> calls;
-  std::vector<std::vector<int32_t>> counts;  // [micro_batch * kNumLayers + layer][rank * E + expert]
+  std::vector<std::vector<int32_t>>
+      counts;  // [micro_batch * kNumLayers + layer][rank * E + expert]
 
   std::vector<int32_t> counts_of(const Call& call, int rank) const;
 };
