@@ -36,10 +36,10 @@ def draw_loads(record: RunRecord, file: Path) -> None:
         left.set_title(f"MoE layer {layer}, as routed: max/mean {balance.before:.2f}", fontsize=11)
         right.set_title(
             f"MoE layer {layer}, as computed: max/mean {balance.after:.2f} "
-            f"(floor {balance.floor:.2f})",
+            f"(whole-expert floor {balance.floor:.2f})",
             fontsize=11,
         )
-        left.set_ylabel("rows / mean rank")
+        left.set_ylabel("rows of a rank\n(mean rank = 1)")
     for panel in axes[-1]:
         panel.set_xlabel("training step")
     worst_before = max(balance.before for balance in layers)
@@ -49,8 +49,9 @@ def draw_loads(record: RunRecord, file: Path) -> None:
         f"{worst_before:.2f} to {worst_after:.2f}",
         fontsize=14,
     )
-    figure.legend(*axes[0][1].get_legend_handles_labels(), loc="lower center", ncols=8)
-    figure.tight_layout(rect=(0, 0.045, 1, 1))
+    lines, names = axes[0][1].get_legend_handles_labels()
+    figure.legend(lines, names, loc="lower center", ncols=8, title=about_lines(len(before)))
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(file)
     plt.close(figure)
 
@@ -78,10 +79,17 @@ def draw_floor(panel: Axes, floor: npt.NDArray[np.float64]) -> None:
     )
 
 
+def window(num_steps: int) -> int:
+    return max(1, num_steps // SMOOTH_SHARE)
+
+
+def about_lines(num_steps: int) -> str:
+    return f"thin: every step; thick and dashed: mean of {window(num_steps)} steps"
+
+
 def smooth(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Moving mean, of fewer values at both ends."""
-    width = max(1, len(values) // SMOOTH_SHARE)
-    kernel = np.ones(width)
+    kernel = np.ones(window(len(values)))
     sums = np.convolve(values, kernel, mode="same")
     smoothed: npt.NDArray[np.float64] = sums / np.convolve(
         np.ones(len(values)), kernel, mode="same"

@@ -63,13 +63,13 @@ class Balance:
 def balances(record: RunRecord) -> list[Balance]:
     """One per MoE layer."""
     before, after = np.asarray(record.loads_before), np.asarray(record.loads_after)
-    hottest = np.asarray(record.hottest_expert)
+    hottest, rows_moved = np.asarray(record.hottest_expert), np.asarray(record.rows_moved)
     return [
         Balance(
             before=float(imbalance(before[:, layer]).mean()),
             after=float(imbalance(after[:, layer]).mean()),
             floor=float(np.maximum(1.0, hottest[:, layer] / before[:, layer].mean(axis=1)).mean()),
-            moved=moved_share(before[:, layer], after[:, layer]),
+            moved=float(rows_moved[:, layer].sum() / before[:, layer].sum()),
             moves=float(np.asarray(record.num_moves)[:, layer].mean()),
             plan_us=_median_and_p99(np.asarray(record.plan_us)[:, layer]),
         )
@@ -83,12 +83,9 @@ def imbalance(loads: npt.NDArray[np.int64]) -> Array:
     return worst
 
 
-def moved_share(before: npt.NDArray[np.int64], after: npt.NDArray[np.int64]) -> float:
-    """Rows that changed rank, over all rows. What one rank loses another gains: hence half.
-
-    A rank that sends and receives in one call counts with the difference, so this is a lower bound.
-    """
-    return float(np.abs(after - before).sum() / 2 / before.sum())
+def moved_share(record: RunRecord) -> float:
+    """Rows that another rank than their owner computed, over all rows of the run."""
+    return float(np.sum(record.rows_moved) / np.sum(record.loads_before))
 
 
 def _median_and_p99(values: Array) -> tuple[float, float]:
@@ -100,7 +97,7 @@ def judge(
 ) -> list[Check]:
     """Everything the demo claims about its runs."""
     layers = balances(greedy)
-    moved = moved_share(np.asarray(greedy.loads_before), np.asarray(greedy.loads_after))
+    moved = moved_share(greedy)
     slowest = max(death.seconds for death in deaths)
     return [
         Check(
@@ -129,8 +126,9 @@ def describe(
     none: RunRecord, greedy: RunRecord, deaths: Sequence[Death], *, killed_rank: int
 ) -> str:
     """The figures, in one screen."""
+    heading, *memory = greedy.memory.splitlines()
     parts = [
-        greedy.memory,
+        f"{heading}\n{_wrapped(', '.join(' '.join(line.split()) for line in memory))}",
         _training(none, greedy),
         _layers(greedy),
         _death(deaths, killed_rank),
@@ -139,10 +137,12 @@ def describe(
 
 
 def _training(none: RunRecord, greedy: RunRecord) -> str:
-    lines = ["policy    loss (nats per byte), first -> last    steps     time   SHA-256 of all parameters"]
+    lines = [
+        "policy  loss, nats per byte: first -> last   steps     time   SHA-256 of all parameters"
+    ]
     lines += [
-        f"{run.policy:<9} {run.loss[0]:.6f} -> {run.loss[-1]:.6f} {len(run.loss):17d} "
-        f"{run.seconds:6.1f} s   {run.parameters_sha256[:24]}..."
+        f"{run.policy:<9} {run.loss[0]:20.6f} -> {run.loss[-1]:.6f} {len(run.loss):6d} "
+        f"{run.seconds:6.1f} s   {run.parameters_sha256[:32]}..."
         for run in (none, greedy)
     ]
     num_ranks, num_cores = len(greedy.loads_before[0][0]), _num_cores()
@@ -163,20 +163,25 @@ def _layers(greedy: RunRecord) -> str:
         for layer, b in enumerate(balances(greedy))
     ]
     lane = greedy.lane
-    rows, weights, returns = (lane[f"{kind}_bytes"] / _MIB for kind in ("rows", "weights", "returns"))
+    mib = {kind: lane[f"{kind}_bytes"] / _MIB for kind in ("rows", "weights", "returns")}
     lines.append(
-        f"{lane['copies']} copies, forward and backward: {rows:.0f} MiB of rows, {weights:.0f} MiB of "
-        f"weights, {returns:.0f} MiB of results"
+        f"{lane['copies']} copies, forward and backward: {mib['rows']:.0f} MiB of rows, "
+        f"{mib['weights']:.0f} MiB of weights, {mib['returns']:.0f} MiB of results"
     )
     return "\n".join(lines)
 
 
 def _death(deaths: Sequence[Death], killed_rank: int) -> str:
-    times = ", ".join(f"rank {death.survivor} after {death.seconds * 1e3:.1f} ms" for death in deaths)
-    lines = [f"Rank {killed_rank} killed itself inside its experts. It was named by {times}:"]
+    times = [f"rank {death.survivor} after {death.seconds * 1e3:.0f} ms" for death in deaths]
     first = min(deaths, key=lambda death: death.seconds)
-    lines += textwrap.wrap(first.error, WIDTH - 2, initial_indent="  ", subsequent_indent="  ")
-    return "\n".join(lines)
+    return (
+        f"Rank {killed_rank} killed itself inside its experts. Named by {', '.join(times)}:\n"
+        f"{_wrapped(first.error)}"
+    )
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
 def machine() -> str:

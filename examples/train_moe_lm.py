@@ -47,6 +47,7 @@ class RunRecord:
     loads_after: list[list[list[int]]] = field(default_factory=list)  # rows per rank, as computed
     hottest_expert: list[list[int]] = field(default_factory=list)  # rows of the busiest expert
     num_moves: list[list[int]] = field(default_factory=list)
+    rows_moved: list[list[int]] = field(default_factory=list)
     plan_us: list[list[float]] = field(default_factory=list)  # on rank 0
     lane: dict[str, int] = field(default_factory=dict)  # Balancer.lane_stats, sum over ranks
 
@@ -57,13 +58,14 @@ class RunRecord:
         before = [call.counts.sum(axis=1) for call in made]
         after = [loads.copy() for loads in before]
         for call, loads in zip(made, after, strict=True):
-            for _, owner_rank, dst_rank, row_start, row_end in call.moves:
+            for _, owner_rank, dst_rank, row_start, row_end in call.moves.tolist():
                 loads[owner_rank] -= row_end - row_start
                 loads[dst_rank] += row_end - row_start
         self.loads_before.append([loads.tolist() for loads in before])
         self.loads_after.append([loads.tolist() for loads in after])
         self.hottest_expert.append([int(call.counts.max()) for call in made])
         self.num_moves.append([len(call.moves) for call in made])
+        self.rows_moved.append([int((call.moves[:, 4] - call.moves[:, 3]).sum()) for call in made])
         self.plan_us.append([call.plan_us for call in made])
 
 
@@ -125,7 +127,9 @@ class Trainer:
                 progress.update()
         record.seconds = time.monotonic() - start
         ranks = self._gather((losses, self._hash(), self.balancer.lane_stats()))
-        record.loss = [sum(by_rank) / len(ranks) for by_rank in zip(*(r[0] for r in ranks), strict=True)]
+        record.loss = [
+            sum(by_rank) / len(ranks) for by_rank in zip(*(r[0] for r in ranks), strict=True)
+        ]
         hashes = {rank[1] for rank in ranks}
         if len(hashes) > 1:
             raise RuntimeError(f"the ranks ended with different parameters: {sorted(hashes)}")
@@ -186,7 +190,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, default=standard_library(), help="a file or folder")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for <policy>.json")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--windows", type=int, default=4, help="of 128 bytes, per rank and step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--warmup", type=int, default=20, help="steps")

@@ -6,6 +6,7 @@ Importing needs no GPU and no compiler, and starts no thread.
 from .balancer import Balancer, CallRecord, Ticket
 from .compute import ExpertCompute, SwiGLU, as_compute
 from .config import BalancerConfig, LayerSpec, TensorSpec
+from .moe import MoEConfig, MoELayer
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,8 @@ __all__ = [
     "CallRecord",
     "ExpertCompute",
     "LayerSpec",
+    "MoEConfig",
+    "MoELayer",
     "SwiGLU",
     "TensorSpec",
     "Ticket",

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .compute import SwiGLU
+from .config import LayerSpec
 from .dispatch import AllToAllDispatcher
 from .router import TopKRouter
 from .training import mark_expert_parameters
@@ -89,6 +90,22 @@ class MoEConfig:
             raise ValueError("shared_ffn_hidden is given, but num_shared_experts is 0.")
         if self.shared_ffn_hidden is not None and self.shared_ffn_hidden < 1:
             raise ValueError(f"shared_ffn_hidden is {self.shared_ffn_hidden}, expected 1 or more.")
+
+
+    def layer_spec(self, ep_size: int, max_rows: int) -> LayerSpec:
+        """This layer as a Balancer's ``layers`` lists it.
+
+        Args:
+            ep_size: ranks of the EP group.
+            max_rows: most rows that may move into, or out of, one rank in one call.
+        """
+        return LayerSpec(
+            num_local_experts=self.num_experts // ep_size,
+            hidden=self.hidden,
+            dtype=self.dtype,
+            weights=_swiglu_shapes(self.hidden, self.ffn_hidden),
+            max_rows=max_rows,
+        )
 
 
 class ExpertBalancer(Protocol):

@@ -63,6 +63,18 @@ class SimWorld {
   // The calling thread ends. Streams, movers and watchdogs go on while any rank is left.
   void leave() noexcept;
 
+  // enter() and leave() as a scope.
+  class Turn {
+   public:
+    Turn(SimWorld& world, int rank) : world_(world) { world_.enter(rank); }
+    ~Turn() { world_.leave(); }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+
+   private:
+    SimWorld& world_;
+  };
+
   uint64_t num_steps() const { return num_steps_; }
   uint64_t order_hash() const { return order_hash_; }  // of everything that ran, in order
 

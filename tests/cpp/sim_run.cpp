@@ -1,11 +1,7 @@
 #include "sim_run.h"
 
-#include <unistd.h>
-
-#include <thread>
-
 #include "check.h"
-#include "memory.h"
+#include "ranks.h"
 
 namespace feplb_test {
 namespace {
@@ -36,22 +32,19 @@ class Simulation {
   SimRunResult run();
 
  private:
+  std::unique_ptr<feplb::Device> make_device(int rank);
   void run_rank(int rank);
   void drain_after_failure(RankProgram& program, int rank);
-  std::string name_of(const feplb::Flag* flag) const;
+  std::string name_of(const feplb::Flag* flag);
 
   const uint64_t seed_;
   const SimRunOptions options_;
   feplb::SimRandom random_;
   const Scenario scenario_;
-  const feplb::ArenaLayout layout_;
-  Memory board_memory_;
-  feplb::CountBoard board_;
-  std::vector<Memory> arenas_;
+  Verdict verdict_;
+  Ranks ranks_;
   std::shared_ptr<feplb::SimWorld> world_;
   std::vector<feplb::SimDevice*> devices_;
-  std::vector<std::unique_ptr<feplb::Domain>> domains_;
-  Verdict verdict_;
   SimRunResult result_;
 };
 
@@ -60,43 +53,24 @@ Simulation::Simulation(uint64_t seed, SimRunOptions options)
       options_(std::move(options)),
       random_(seed ^ 0x5eed),
       scenario_(make_scenario(options_.num_ranks, options_.num_micro_batches, random_)),
-      layout_(layer_shapes(), kNumSlots, kNumSlots),
-      board_memory_(feplb::CountBoard::bytes_needed(options_.num_ranks, kNumExperts)),
-      board_(board_memory_.data(), options_.num_ranks, kNumExperts) {
+      ranks_(options_.num_ranks) {
   feplb::SimOptions world = options_.world;
   world.name_flag = [this](const feplb::Flag* flag) { return name_of(flag); };
   world.see_copy = [this](const feplb::CopyOp& copy) { verdict_.see_copy(copy); };
   world_ = std::make_shared<feplb::SimWorld>(options_.num_ranks, seed, world);
-  feplb::DomainConfig config;
-  config.num_ranks = options_.num_ranks;
-  config.deadline_s = 3600;
-  config.layers = layer_shapes();
-  config.num_slots = kNumSlots;
-  config.num_grad_slots = kNumSlots;
-  config.pids.assign(static_cast<std::size_t>(options_.num_ranks), getpid());
-  feplb::DomainMemory memory;
-  memory.board = board_memory_.data();
-  for (int rank = 0; rank < options_.num_ranks; ++rank) arenas_.emplace_back(layout_.total_bytes());
-  for (Memory& arena : arenas_) memory.arenas.push_back(arena.data());
-  for (int rank = 0; rank < options_.num_ranks; ++rank) {
-    config.rank = rank;
-    auto device = options_.lifts_once ? std::make_unique<TimidDevice>(world_, rank, board_)
-                                      : std::make_unique<feplb::SimDevice>(world_, rank);
-    devices_.push_back(device.get());
-    domains_.push_back(std::make_unique<feplb::Domain>(config, memory, std::move(device)));
-  }
-  verdict_.excuses = [this] { return board_.aborted(); };
-  result_.errors.resize(static_cast<std::size_t>(options_.num_ranks));
+  ranks_.make_domains([this](int rank) { return make_device(rank); });
+  verdict_.excuses = [this] { return ranks_.board().aborted(); };
+}
+
+std::unique_ptr<feplb::Device> Simulation::make_device(int rank) {
+  auto device = options_.lifts_once ? std::make_unique<TimidDevice>(world_, rank, ranks_.board())
+                                    : std::make_unique<feplb::SimDevice>(world_, rank);
+  devices_.push_back(device.get());
+  return device;
 }
 
 SimRunResult Simulation::run() {
-  for (auto& domain : domains_) domain->open();
-  std::vector<std::thread> threads;
-  for (int rank = 0; rank < options_.num_ranks; ++rank) {
-    threads.emplace_back([this, rank] { run_rank(rank); });
-  }
-  for (std::thread& thread : threads) thread.join();
-  for (auto& domain : domains_) domain->close();
+  result_.errors = ranks_.run([this](int rank) { run_rank(rank); });
   result_.num_steps = world_->num_steps();
   result_.order_hash = world_->order_hash();
   result_.num_moves = verdict_.num_moves();
@@ -105,27 +79,24 @@ SimRunResult Simulation::run() {
 }
 
 void Simulation::run_rank(int rank) {
-  std::string& error = result_.errors[static_cast<std::size_t>(rank)];
   feplb::SimDevice* device = devices_[static_cast<std::size_t>(rank)];
   const auto launch = [device](std::function<void()> kernel) { device->launch(std::move(kernel)); };
   RankProgram::Config config;
   config.rank = rank;
   config.seed = seed_;
   config.two_streams = options_.two_streams;
-  RankProgram program(*domains_[static_cast<std::size_t>(rank)], launch, scenario_, config,
-                      verdict_);
+  RankProgram program(ranks_.domain(rank), launch, scenario_, config, verdict_);
+  const feplb::SimWorld::Turn turn(*world_, rank);
   try {
-    world_->enter(rank);
     if (rank != options_.absent_rank) program.run();
   } catch (const feplb::SimDeadlock& deadlock) {
     result_.wrong = deadlock.what();
-  } catch (const feplb::SimKilled& killed) {
-    error = killed.what();
-  } catch (const std::exception& failed) {
-    error = failed.what();
+  } catch (const feplb::SimKilled&) {
+    throw;
+  } catch (const std::exception&) {
     drain_after_failure(program, rank);
+    throw;
   }
-  world_->leave();
 }
 
 // Whatever was enqueued must run: lifted flags let it.
@@ -136,24 +107,20 @@ void Simulation::drain_after_failure(RankProgram& program, int rank) {
   try {
     program.abandon();
     const auto drained = [device] { return device->compute_drained(); };
-    const feplb::WaitResult result =
-        device->wait_host(bell, drained, feplb::WaitLimits{feplb::TimePoint::max(), &kNever});
-    if (result == feplb::WaitResult::kReached) return;
-    result_.wrong =
-        cat("rank ", rank,
-            "'s streams did not drain after: ", result_.errors[static_cast<std::size_t>(rank)]);
+    const feplb::WaitLimits limits{feplb::TimePoint::max(), &kNever};
+    if (device->wait_host(bell, drained, limits) == feplb::WaitResult::kReached) return;
+    result_.wrong = cat("rank ", rank, "'s streams did not drain");
   } catch (const feplb::SimDeadlock& deadlock) {
     result_.wrong = deadlock.what();
-  } catch (const feplb::SimKilled&) {
   }
 }
 
-std::string Simulation::name_of(const feplb::Flag* flag) const {
+std::string Simulation::name_of(const feplb::Flag* flag) {
   static const char* const kNames[] = {"rows", "weights", "returns", "grads"};
   for (int rank = 0; rank < options_.num_ranks; ++rank) {
     for (int src = 0; src < options_.num_ranks; ++src) {
       for (int kind = 0; kind < feplb::kNumFlagKinds; ++kind) {
-        if (board_.inbound(rank, src, static_cast<feplb::FlagKind>(kind)) != flag) continue;
+        if (ranks_.board().inbound(rank, src, static_cast<feplb::FlagKind>(kind)) != flag) continue;
         return cat(kNames[kind], " from rank ", src);
       }
     }

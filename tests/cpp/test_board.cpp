@@ -190,7 +190,7 @@ TEST(poison_lifts_marks_and_tells) {
 
 // Whoever gets past a lifted wait finds mark, text and abort record.
 TEST(mark_comes_before_lift) {
-  for (int round = 0; round < 1000; ++round) {
+  for (int round = 0; round < 3000; ++round) {
     Board two(2, 1);
     Bell caller;
     Failure failure(two.board, 0, caller);
