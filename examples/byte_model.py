@@ -14,8 +14,7 @@ import torch.distributed as dist
 from byte_text import NUM_BYTE_VALUES
 from torch import Tensor, nn
 
-from feplb import Balancer, LayerSpec
-from feplb.moe import MoEConfig, MoELayer
+from feplb import Balancer, LayerSpec, MoEConfig, MoELayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +49,10 @@ class ModelConfig:
             rows_per_rank: mean rows of a rank in one call: its tokens x top_k. The arena gets room
                 for twice that; what would not fit stays with its owner.
         """
-        spec = LayerSpec(
-            num_local_experts=self.num_experts // num_ranks,
-            hidden=self.hidden,
-            dtype=torch.float32,
-            weights=((2 * self.ffn_hidden, self.hidden), (self.hidden, self.ffn_hidden)),
-            max_rows=2 * rows_per_rank,
-        )
-        return [spec] * self.num_layers
+        return [
+            self.moe(layer).layer_spec(num_ranks, max_rows=2 * rows_per_rank)
+            for layer in range(self.num_layers)
+        ]
 
 
 class ByteLM(nn.Module):
@@ -118,6 +113,7 @@ class Block(nn.Module):
 
     def _attention(self, x: Tensor) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        query, key, value = heads
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         out: Tensor = self.projection(mixed.transpose(1, 2).flatten(2))
         return out

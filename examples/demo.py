@@ -120,7 +120,7 @@ def kill_one(arguments: Sequence[str], job: str, out: Path) -> list[Death]:
 
 
 def shared_memory_names() -> set[str]:
-    """feplb's names in shared memory, of any job; a Balancer keeps its own only while it is built."""
+    """feplb's names in shared memory, of any job. A Balancer has some only while it is built."""
     return {path.name for path in SHARED_MEMORY.glob("feplb-*")}
 
 

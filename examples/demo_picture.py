@@ -12,8 +12,8 @@ from train_moe_lm import RunRecord
 
 mpl.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999", "#f0e442")
 SMOOTH_SHARE = 40  # a line is the mean over 1/40 of the steps

@@ -141,7 +141,7 @@ def _training(none: RunRecord, greedy: RunRecord) -> str:
         "policy  loss, nats per byte: first -> last   steps     time   SHA-256 of all parameters"
     ]
     lines += [
-        f"{run.policy:<9} {run.loss[0]:20.6f} -> {run.loss[-1]:.6f} {len(run.loss):6d} "
+        f"{run.policy:<9} {run.loss[0]:20.6f} -> {run.loss[-1]:.6f} {len(run.loss):5d} "
         f"{run.seconds:6.1f} s   {run.parameters_sha256[:32]}..."
         for run in (none, greedy)
     ]
@@ -172,11 +172,12 @@ def _layers(greedy: RunRecord) -> str:
 
 
 def _death(deaths: Sequence[Death], killed_rank: int) -> str:
-    times = [f"rank {death.survivor} after {death.seconds * 1e3:.0f} ms" for death in deaths]
+    ranks = ", ".join(str(death.survivor) for death in deaths)
+    times = ", ".join(f"{death.seconds * 1e3:.0f}" for death in deaths)
     first = min(deaths, key=lambda death: death.seconds)
     return (
-        f"Rank {killed_rank} killed itself inside its experts. Named by {', '.join(times)}:\n"
-        f"{_wrapped(first.error)}"
+        f"Rank {killed_rank} was killed inside its experts; ranks {ranks} named it after {times} "
+        f"ms:\n{_wrapped(first.error)}"
     )
 
 

@@ -172,7 +172,7 @@ class Trainer:
 
 
 def report_death(balancer: Balancer, error: RuntimeError, out: Path) -> None:
-    """Write down when and how this rank learned of the death. gloo may notice first; it names none."""
+    """Write down when and how this rank learned of it. gloo may notice first, but names nobody."""
     if "peer rank" not in str(error):
         try:
             balancer.check()

@@ -44,7 +44,8 @@ class ArenaViews:
     def __init__(self, core: Any, layers: Sequence[LayerSpec]) -> None:
         self._core = core
         self._layers = layers
-        self._memory = torch.frombuffer(core.arena(), dtype=torch.uint8)
+        arena = memoryview(core.arena())  # empty for a rank alone
+        self._memory = torch.frombuffer(arena, dtype=torch.uint8) if arena else torch.empty(0)
         self._offsets = [core.layer_offsets(layer) for layer in range(len(layers))]
         self._halves: dict[tuple[int, int, int], _HalfViews] = {}
 

@@ -94,7 +94,8 @@ void Domain::check_usable(const char* phase) {
 }
 
 void Domain::check_failure(const char* phase) {
-  if (!failure_.poisoned() && board_.aborted()) failure_.poison(board_.abort_text());
+  // Once closed, the board may be unmapped.
+  if (!closed_ && !failure_.poisoned() && board_.aborted()) failure_.poison(board_.abort_text());
   if (failure_.poisoned()) raise(cat(where(phase), ": ", failure_.text()));
 }
 

@@ -93,8 +93,6 @@ void Mover::begin(CallHeader header, std::vector<Move> saved_moves) {
     live_ = true;
   }
   board_.publish(rank_, header_);
-  // Its own mover may still sleep as it did in the last call, when it wanted jobs and no headers.
-  board_.bell(rank_).ring(kJobRing);
   for (int rank = 0; rank < board_.num_ranks(); ++rank) {
     // The own mover may be asleep since the last call, when it wanted no headers.
     board_.bell(rank).ring(rank == rank_ ? kJobRing | kHeaderRing : kHeaderRing);

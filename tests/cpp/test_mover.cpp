@@ -2,40 +2,12 @@
 #include "../../feplb/csrc/mover.h"
 #include "check.h"
 #include "memory.h"
+#include "paper_device.h"
 
 namespace feplb_test {
 namespace {
 
 using namespace feplb;
-
-class PaperDevice final : public Device {
- public:
-  std::vector<std::string> asked;
-
-  void bind_compute(std::uintptr_t /*stream*/) override {}
-  Event record(StreamKind stream) override { return Event{stream, ++position_}; }
-  WaitResult wait_event(Event, const WaitLimits&) override { return WaitResult::kEnqueued; }
-  WaitResult wait_flag(const Flag*, Epoch, const WaitLimits&) override {
-    return WaitResult::kEnqueued;
-  }
-  void after_event(StreamKind stream, Event event) override {
-    asked.push_back(cat(static_cast<int>(stream), " after ", event.position));
-  }
-  void copy_batch(StreamKind stream, const std::vector<CopyOp>& copies) override {
-    asked.push_back(cat(static_cast<int>(stream), " copies ", copies.size()));
-  }
-  void write_flag(StreamKind stream, Flag* flag, Epoch epoch) override {
-    asked.push_back(cat(static_cast<int>(stream), " flag ", epoch));
-    flag->epoch.store(epoch);
-  }
-  bool compute_drained() override { return true; }
-  bool is_inline() const override { return false; }
-  LaneStats stats() const override { return LaneStats{}; }
-  void stop() noexcept override {}
-
- private:
-  uint64_t position_ = 0;
-};
 
 LayerShape greedy_layer() {
   LayerShape shape;

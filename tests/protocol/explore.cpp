@@ -11,10 +11,11 @@ namespace protocol {
 namespace {
 
 constexpr uint32_t kNobody = 0xffffffffu;
+constexpr uint64_t kFree = ~uint64_t{0};
 constexpr size_t kBlockBytes = 1 << 22;
 constexpr size_t kMaxStateBytes = 512;
 
-uint64_t hash_bytes(const std::string& bytes) {
+uint32_t hash_bytes(const std::string& bytes) {
   uint64_t hash = 0x9e3779b97f4a7c15u ^ bytes.size();
   size_t at = 0;
   for (; at + 8 <= bytes.size(); at += 8) {
@@ -26,7 +27,7 @@ uint64_t hash_bytes(const std::string& bytes) {
   uint64_t rest = 0;
   std::memcpy(&rest, bytes.data() + at, bytes.size() - at);
   hash = (hash ^ rest) * 0xff51afd7ed558ccdu;
-  return hash ^ hash >> 29;
+  return static_cast<uint32_t>(hash >> 32);
 }
 
 // How a state was first reached. Its bytes are those of the successor seen from rank `rotation`.
@@ -39,23 +40,19 @@ struct Origin {
 // The visited states, numbered in the order found.
 class Visited {
  public:
-  Visited() : slots_(1 << 16, kNobody) {}
+  Visited() : slots_(1 << 16, kFree) {}
 
-  // Adds the state unless it is there. Returns whether it was new.
-  bool add(const std::string& bytes, const Origin& origin) {
+  // Adds the state unless it is there.
+  void add(const std::string& bytes, const Origin& origin) {
     if (2 * (origins_.size() + 1) > slots_.size()) grow();
-    const uint64_t hash = hash_bytes(bytes);
-    size_t slot = hash & (slots_.size() - 1);
-    for (; slots_[slot] != kNobody; slot = (slot + 1) & (slots_.size() - 1)) {
-      const uint32_t number = slots_[slot];
-      if (tags_[number] == static_cast<uint8_t>(hash >> 56) && is_equal(number, bytes))
-        return false;
+    const uint32_t hash = hash_bytes(bytes);
+    size_t at = hash & (slots_.size() - 1);
+    for (; slots_[at] != kFree; at = (at + 1) & (slots_.size() - 1)) {
+      if (slots_[at] >> 32 == hash && is_equal(static_cast<uint32_t>(slots_[at]), bytes)) return;
     }
-    slots_[slot] = static_cast<uint32_t>(origins_.size());
+    slots_[at] = uint64_t{hash} << 32 | origins_.size();
     store(bytes);
     origins_.push_back(origin);
-    tags_.push_back(static_cast<uint8_t>(hash >> 56));
-    return true;
   }
 
   const char* bytes(uint32_t number) const {
@@ -64,20 +61,16 @@ class Visited {
   const Origin& origin(uint32_t number) const { return origins_[number]; }
   uint32_t size() const { return static_cast<uint32_t>(origins_.size()); }
   uint64_t num_bytes() const {
-    return blocks_.size() * kBlockBytes + slots_.size() * sizeof(uint32_t) +
-           origins_.size() * (sizeof(Origin) + sizeof(uint64_t) + 1);
+    return blocks_.size() * kBlockBytes + slots_.size() * sizeof(uint64_t) +
+           origins_.size() * (sizeof(Origin) + sizeof(uint64_t));
   }
 
  private:
-  static uint16_t length_at(const char* bytes) {
-    uint16_t length = 0;
-    std::memcpy(&length, bytes - 2, sizeof(length));
-    return length;
-  }
-
   bool is_equal(uint32_t number, const std::string& other) const {
     const char* own = bytes(number);
-    return length_at(own) == other.size() && std::memcmp(own, other.data(), other.size()) == 0;
+    uint16_t length = 0;
+    std::memcpy(&length, own - 2, sizeof(length));
+    return length == other.size() && std::memcmp(own, other.data(), length) == 0;
   }
 
   void store(const std::string& bytes) {
@@ -94,13 +87,12 @@ class Visited {
   }
 
   void grow() {
-    std::vector<uint32_t> larger(slots_.size() * 2, kNobody);
-    std::string copy;
-    for (uint32_t number = 0; number < size(); ++number) {
-      copy.assign(bytes(number), length_at(bytes(number)));
-      size_t slot = hash_bytes(copy) & (larger.size() - 1);
-      while (larger[slot] != kNobody) slot = (slot + 1) & (larger.size() - 1);
-      larger[slot] = number;
+    std::vector<uint64_t> larger(slots_.size() * 2, kFree);
+    for (uint64_t slot : slots_) {
+      if (slot == kFree) continue;
+      size_t at = slot >> 32 & (larger.size() - 1);
+      while (larger[at] != kFree) at = (at + 1) & (larger.size() - 1);
+      larger[at] = slot;
     }
     slots_.swap(larger);
   }
@@ -108,8 +100,7 @@ class Visited {
   std::vector<std::vector<char>> blocks_;  // 2 bytes length, state, 2 bytes length, state, ...
   std::deque<uint64_t> starts_;
   std::deque<Origin> origins_;
-  std::deque<uint8_t> tags_;  // 8 bits of the hash, so that most unequal states are not compared
-  std::vector<uint32_t> slots_;
+  std::vector<uint64_t> slots_;  // hash and number
 };
 
 class Search {
