@@ -3,8 +3,9 @@
 Importing needs no GPU and no compiler, and starts no thread.
 """
 
+from .as_compute import as_compute
 from .balancer import Balancer, CallRecord, Ticket
-from .compute import ExpertCompute, SwiGLU, as_compute
+from .compute import ExpertCompute, SwiGLU
 from .config import BalancerConfig, LayerSpec, TensorSpec
 from .moe import MoEConfig, MoELayer
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from feplb import SwiGLU
 
-BAD_RANK = 2
+BAD_RANK = 1
 SHORT = {"deadline_s": 2.0}
 LATE_S = 5.0  # a deadline of two seconds, and what a busy machine adds
 
@@ -163,7 +163,7 @@ def test_error_in_the_experts_of_one_rank_is_raised_on_every_rank(
 ) -> None:
     # Under "none" nobody waits for anybody, so the others hear of it at check().
     kind = "forward" if function == "forward" else "backward"
-    where = f"rank 2: the {kind} of layer 1, micro-batch 1 raised ZeroDivisionError: experts ran"
+    where = f"rank 1: the {kind} of layer 1, micro-batch 1 raised ZeroDivisionError: experts ran"
     patterns = [f"RuntimeError: .*{where}"] * NUM_RANKS
     patterns[BAD_RANK] = "ZeroDivisionError: experts ran into a wall"
     reactions.assert_closed(f"{function} {policy}", *patterns)
@@ -173,10 +173,10 @@ def test_error_in_the_experts_of_one_rank_is_raised_on_every_rank(
 def test_absent_rank_ends_the_call_at_the_deadline_and_is_named(reactions: Reactions) -> None:
     where = (
         r"while waiting for the counts of all ranks \(rank {}, layer 0, micro-batch 1, forward\): "
-        r".*no answer from rank 2 \(last seen: backward of layer 0, micro-batch 0\) for 2 s"
+        r".*no answer from rank 1 \(last seen: backward of layer 0, micro-batch 0\) for 2 s"
     )
     patterns = [f"RuntimeError: .*{where.format(rank)}" for rank in range(NUM_RANKS)]
-    patterns[BAD_RANK] = "RuntimeError: .*no answer from rank 2.*closed on every rank"
+    patterns[BAD_RANK] = "RuntimeError: .*no answer from rank 1.*closed on every rank"
     reactions.assert_closed("absent forward", *patterns)
 
 
@@ -186,25 +186,25 @@ def test_deadline_is_kept(reactions: Reactions) -> None:
 
 
 def test_rank_absent_from_check_is_named(reactions: Reactions) -> None:
-    where = r"\(rank \d, check\(\)\): .*no answer from rank 2 \(last seen: backward of layer 0"
+    where = r"\(rank \d, check\(\)\): .*no answer from rank 1 \(last seen: backward of layer 0"
     patterns = [f"RuntimeError: .*{where}"] * NUM_RANKS
-    patterns[BAD_RANK] = "RuntimeError: .*no answer from rank 2.*closed on every rank"
+    patterns[BAD_RANK] = "RuntimeError: .*no answer from rank 1.*closed on every rank"
     reactions.assert_closed("absent check", *patterns)
 
 
 def test_rank_that_has_closed_is_named(reactions: Reactions) -> None:
-    patterns = [r"RuntimeError: .*rank 2 \(last seen: .*has closed its Balancer\)"] * NUM_RANKS
-    patterns[BAD_RANK] = "RuntimeError: .*rank 2.* the Balancer is closed"
+    patterns = [r"RuntimeError: .*rank 1 \(last seen: .*has closed its Balancer\)"] * NUM_RANKS
+    patterns[BAD_RANK] = "RuntimeError: .*rank 1.* the Balancer is closed"
     reactions.assert_closed("closed", *patterns)
 
 
 def test_micro_batch_is_the_number_of_forwards_before_it(reactions: Reactions) -> None:
-    reactions.assert_refused("micro-batch 2", BAD_RANK, r"\(rank 2, layer 0, micro-batch 2\)")
+    reactions.assert_refused("micro-batch 2", BAD_RANK, r"\(rank 1, layer 0, micro-batch 2\)")
 
 
 def test_micro_batches_count_anew_after_check(reactions: Reactions) -> None:
-    reactions.assert_refused("micro-batch 0", BAD_RANK, r"\(rank 2, layer 0, micro-batch 0\)")
+    reactions.assert_refused("micro-batch 0", BAD_RANK, r"\(rank 1, layer 0, micro-batch 0\)")
 
 
 def test_eval_and_recompute_count_as_micro_batches(reactions: Reactions) -> None:
-    reactions.assert_refused("micro-batch 3", BAD_RANK, r"\(rank 2, layer 0, micro-batch 3\)")
+    reactions.assert_refused("micro-batch 3", BAD_RANK, r"\(rank 1, layer 0, micro-batch 3\)")

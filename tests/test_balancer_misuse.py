@@ -26,7 +26,7 @@ from torch import Tensor
 
 from feplb import SwiGLU
 
-ODD_RANK = 2
+ODD_RANK = 1
 SOON_S = 5.0  # half the deadline
 WITH_PROBS = (layer_spec(row_data=PROBS),)
 STAYS_USABLE = ["same bits"] * NUM_RANKS
@@ -225,10 +225,10 @@ def reactions() -> Reactions:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("layer", "rank 0 began the forward of layer 0, micro-batch 0, rank 2 the forward of l.* 1"),
-        ("check", "rank 0 began the forward of layer 0, micro-batch 0, rank 2 the check()"),
-        ("backward", "rank 0 began the forward of layer 0, .* 1, rank 2 the backward of layer 0"),
-        ("micro-batch", "rank 0 began the backward of .*-batch 0, rank 2 the .*micro-batch 1"),
+        ("layer", "rank 0 began the forward of layer 0, micro-batch 0, rank 1 the forward of l.* 1"),
+        ("check", "rank 0 began the forward of layer 0, micro-batch 0, rank 1 the check()"),
+        ("backward", "rank 0 began the forward of layer 0, .* 1, rank 1 the backward of layer 0"),
+        ("micro-batch", "rank 0 began the backward of .*-batch 0, rank 1 the .*micro-batch 1"),
     ],
 )
 def test_ranks_in_different_order_are_both_named(
@@ -240,18 +240,18 @@ def test_ranks_in_different_order_are_both_named(
 
 @pytest.mark.parametrize("name", ["grad mode", "begun grad mode"])
 def test_ranks_in_different_grad_mode_are_both_named(reactions: Reactions, name: str) -> None:
-    message = "rank 0 has grad mode on.*; rank 2 has grad mode off"
+    message = "rank 0 has grad mode on.*; rank 1 has grad mode off"
     reactions.assert_closed(name, f"RuntimeError: .*{message}")
 
 
 def test_experts_frozen_on_some_ranks_are_named_on_both_sides(reactions: Reactions) -> None:
     seen = "rank 0 has grad mode on, rows need grad, weight 0 needs grad, weight 1 needs grad; "
-    seen += r"rank 2 has grad mode on, rows need grad\."
+    seen += r"rank 1 has grad mode on, rows need grad\."
     reactions.assert_closed("frozen", f"RuntimeError: .*{seen}")
 
 
 def test_side_data_with_grads_on_some_ranks_is_named(reactions: Reactions) -> None:
-    message = "rank 0 has .*row_data 0 needs grad.*; rank 2 has (?!.*row_data 0)"
+    message = "rank 0 has .*row_data 0 needs grad.*; rank 1 has (?!.*row_data 0)"
     reactions.assert_closed("side data", f"RuntimeError: .*{message}")
 
 

@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu
 from torch.utils.checkpoint import checkpoint
 
-from feplb.compute import ExpertCompute, Saved, Segment, SwiGLU, as_compute
+from feplb import as_compute
+from feplb.compute import ExpertCompute, Saved, Segment, SwiGLU
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -84,11 +85,22 @@ class Case:
 
     def backward(self, compute: ExpertCompute, saved: Saved) -> None:
         carry = compute.backward_rows(
-            self.grad_out, self.rows, self.row_data, self.segments, self.weights, saved,
-            grad_rows=self.grad_rows, grad_row_data=self.grad_row_data,
+            self.grad_out,
+            self.rows,
+            self.row_data,
+            self.segments,
+            self.weights,
+            saved,
+            grad_rows=self.grad_rows,
+            grad_row_data=self.grad_row_data,
         )
         compute.backward_weights(
-            self.grad_out, self.rows, self.row_data, self.segments, saved, carry,
+            self.grad_out,
+            self.rows,
+            self.row_data,
+            self.segments,
+            saved,
+            carry,
             grad_weights=self.grad_weights,
         )
 
@@ -106,8 +118,11 @@ class Case:
         """The same call with every input somewhere else."""
         clone = [t.clone() for t in self.row_data]
         return replace(
-            self, rows=self.rows.clone(), row_data=tuple(clone),
-            weights=[w.clone() for w in self.weights], grad_out=self.grad_out.clone(),
+            self,
+            rows=self.rows.clone(),
+            row_data=tuple(clone),
+            weights=[w.clone() for w in self.weights],
+            grad_out=self.grad_out.clone(),
         )
 
     def destroy_inputs(self) -> None:
@@ -116,8 +131,15 @@ class Case:
 
 
 def make_case(
-    segments: list[Segment] | None = None, *, hidden: int = 12, width: int = 20, num_rows: int = 9,
-    num_experts: int = 3, dtype: torch.dtype = torch.float64, probs: bool = True, seed: int = 0,
+    segments: list[Segment] | None = None,
+    *,
+    hidden: int = 12,
+    width: int = 20,
+    num_rows: int = 9,
+    num_experts: int = 3,
+    dtype: torch.dtype = torch.float64,
+    probs: bool = True,
+    seed: int = 0,
 ) -> Case:
     """Rows in no segment are NaN: to read a hole is to fail."""
     g = torch.Generator().manual_seed(seed)
@@ -314,8 +336,13 @@ class Layout:
         starts = [self.first_row + sum(self.counts[:i]) for i in range(len(self.counts))]
         segments = [(s, s + n, i) for i, (s, n) in enumerate(zip(starts, self.counts, strict=True))]
         return make_case(
-            segments, hidden=self.hidden, width=self.width, num_rows=self.first_row
-            + sum(self.counts), num_experts=len(self.counts), dtype=self.dtype, seed=seed,
+            segments,
+            hidden=self.hidden,
+            width=self.width,
+            num_rows=self.first_row + sum(self.counts),
+            num_experts=len(self.counts),
+            dtype=self.dtype,
+            seed=seed,
         )
 
 
@@ -381,9 +408,7 @@ def test_odd_sizes_have_the_same_bits_wherever_they_are_computed(
     # F = 20 and H = 12: rows of 16-byte multiples that are no multiple of a vector register.
     quantum = 16 // dtype.itemsize
     for first_row, address in [(0, 16), (1, 32), (3, 48), (5, 4080)]:
-        layout = Layout(
-            dtype, [3, num_rows, 1], 3 * quantum, 5 * quantum, first_row, [address] * 5
-        )
+        layout = Layout(dtype, [3, num_rows, 1], 3 * quantum, 5 * quantum, first_row, [address] * 5)
         assert_helpers_reproduce_the_owner(SwiGLU(), layout, seed=first_row)
 
 
@@ -524,8 +549,11 @@ class Experts(torch.autograd.Function):
         tensors = ctx.saved_tensors
         (rows, *rest), saved = tensors[: ctx.num_inputs], tensors[ctx.num_inputs :]
         case = Case(
-            rows, tuple(rest[: len(ctx.case.row_data)]), ctx.case.segments,
-            list(rest[len(ctx.case.row_data) :]), grad_out.contiguous(),
+            rows,
+            tuple(rest[: len(ctx.case.row_data)]),
+            ctx.case.segments,
+            list(rest[len(ctx.case.row_data) :]),
+            grad_out.contiguous(),
         )
         for buffer in case.results():
             buffer.zero_()

@@ -20,7 +20,7 @@ from byte_text import Windows, read_bytes, standard_library
 from demo_report import Death, balances, imbalance, judge, moved_share
 from train_moe_lm import RunRecord
 
-# 2 ranks, 1 layer, 2 steps; mean 10 rows. Step 0: rank 0 sends an expert of 6 rows. Step 1: balanced.
+# 2 ranks, 1 layer, 2 steps, mean 10 rows. Step 0: rank 0 sends 6 rows. Step 1: balanced already.
 RECORD = RunRecord(
     policy="greedy",
     memory="feplb reserves 1 MiB:\n  rows  1 MiB",

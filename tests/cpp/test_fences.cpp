@@ -52,6 +52,12 @@ void expect_missed(Fence fence, SimRunOptions (*options)(uint64_t seed) = option
 }
 
 TEST(fence_handshake_is_missed) { expect_missed(Fence::kHandshake); }
+TEST(fence_handshake_is_missed_with_a_single_queue) {
+  expect_missed(Fence::kHandshake, [](uint64_t /*seed*/) { return variant(1); });
+}
+TEST(fence_handshake_is_missed_with_a_blocking_driver) {
+  expect_missed(Fence::kHandshake, [](uint64_t /*seed*/) { return variant(2); });
+}
 TEST(fence_wait_rows_is_missed) { expect_missed(Fence::kWaitRows); }
 TEST(fence_wait_weights_is_missed) { expect_missed(Fence::kWaitWeights); }
 TEST(fence_wait_returns_is_missed) { expect_missed(Fence::kWaitReturns); }

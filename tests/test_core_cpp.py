@@ -1,0 +1,152 @@
+"""Builds the C++ tests of the core (tests/cpp) with g++ and runs each of them by name.
+
+Three builds: plain, ThreadSanitizer, and AddressSanitizer with UBSan. Before a sanitizer's verdict
+counts, it must catch a bug made for it (tests/cpp/seeded_bugs.cpp). Objects lie in build/tests-cpp,
+and are built again when their flags or the content of a file they include have changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CORE = ROOT / "feplb" / "csrc"
+TESTS = ROOT / "tests" / "cpp"
+BUILD = ROOT / "build" / "tests-cpp"
+FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-pthread"]
+NUM_JOBS = 2  # of the compiler at a time
+HARNESS = ["main", "ranks", "scenario", "call_tensors", "rank_program", "sim_run"]
+
+
+@dataclass(frozen=True)
+class Build:
+    """One set of flags, and the test files it is used for."""
+
+    name: str
+    flags: tuple[str, ...]
+    tests: tuple[str, ...]
+    bugs: tuple[str, ...] = ()  # of seeded_bugs.cpp, which must be caught
+
+    def names(self) -> list[str]:
+        """The tests in its files, without building them."""
+        return [name for file in self.tests for name in names_in(TESTS / f"{file}.cpp")]
+
+
+SIMULATED = ("test_interleavings", "test_fences", "test_faults", "test_sim")
+BY_HAND = ("test_board", "test_arena", "test_mover", "test_watchdog")
+PLAIN = Build("plain", ("-O2",), (*SIMULATED, *BY_HAND, "test_host"))
+SANITIZED = [
+    Build("tsan", ("-O1", "-fsanitize=thread"), ("test_board", "test_host"), ("race",)),
+    Build(
+        "asan",
+        ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+        ("test_faults", "test_sim", *BY_HAND, "test_host"),
+        ("overrun", "overflow"),
+    ),
+]
+
+
+def names_in(source: Path) -> list[str]:
+    """The names given to TEST(...) in a file."""
+    return re.findall(r"^TEST\((\w+)\)", source.read_text(), re.MULTILINE)
+
+
+def fingerprint(flags: list[str], depfile: Path) -> str:
+    """Of everything an object is made of; empty if that is not known."""
+    if not depfile.exists():
+        return ""
+    digest = hashlib.sha256(" ".join(flags).encode())
+    for name in depfile.read_text().split(":", 1)[1].replace("\\\n", " ").split():
+        if not Path(name).exists():
+            return ""
+        digest.update(Path(name).read_bytes())
+    return digest.hexdigest()
+
+
+def compile_object(source: Path, flags: list[str], folder: Path) -> Path:
+    """Compile `source` unless its object is up to date."""
+    made = folder / f"{source.parent.name}_{source.stem}.o"
+    stamp, deps = made.with_suffix(".sha256"), made.with_suffix(".d")
+    if made.exists() and stamp.exists() and stamp.read_text() == fingerprint(flags, deps):
+        return made
+    command = ["g++", *flags, "-MMD", "-MF", str(deps), "-c", "-o", str(made), str(source)]
+    subprocess.run(command, check=True, cwd=ROOT)
+    stamp.write_text(fingerprint(flags, deps))
+    return made
+
+
+def link(sources: list[Path], build: Build, name: str) -> Path:
+    """Build the program `name` from `sources`."""
+    folder = BUILD / build.name
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = [*FLAGS, *build.flags, "-DFEPLB_FENCE_SWITCHES"]
+    with ThreadPoolExecutor(NUM_JOBS) as pool:
+        objects = list(pool.map(lambda source: compile_object(source, flags, folder), sources))
+    program = folder / name
+    if not program.exists() or any(o.stat().st_mtime > program.stat().st_mtime for o in objects):
+        command = ["g++", *flags, "-o", str(program), *map(str, objects), "-lrt"]
+        subprocess.run(command, check=True)
+    return program
+
+
+@cache
+def program(build: Build) -> Path:
+    """The test program of a build; for a sanitizer only once it has caught its bugs."""
+    for bug in build.bugs:
+        seeded = link([TESTS / "seeded_bugs.cpp"], build, "seeded_bugs")
+        result = subprocess.run([seeded, bug], capture_output=True, text=True, check=False)
+        assert result.returncode != 0, f"{build.name} does not catch {bug}"
+        assert re.search("Sanitizer|runtime error", result.stderr), result.stderr
+    sources = [path for path in sorted(CORE.glob("*.cpp")) if path.name != "bindings.cpp"]
+    sources += [TESTS / f"{name}.cpp" for name in [*HARNESS, *build.tests]]
+    return link(sources, build, "tests")
+
+
+def run(build: Build, *names: str, timeout_s: float = 120) -> None:
+    """Run the named tests of a build, all ranks of a simulation on one core."""
+    path = program(build)
+    cpu = min(os.sched_getaffinity(0))
+    pin = ["taskset", "-c", str(cpu)] if any(name.startswith("inter") for name in names) else []
+    result = subprocess.run(
+        [*pin, path, *names],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+        env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"},
+    )
+    print(result.stdout)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("name", PLAIN.names())
+def test_core(name: str) -> None:
+    run(PLAIN, name)
+
+
+@pytest.mark.parametrize("build", SANITIZED, ids=lambda build: build.name)
+def test_core_is_clean_under(build: Build) -> None:
+    run(build, *build.names())
+
+
+def test_every_fence_has_its_test() -> None:
+    """A fence that no test misses is a fence nobody knows to be there."""
+    enum = (CORE / "fences.h").read_text().split("enum class Fence {")[1].split("kCount")[0]
+    fences = re.findall(r"^\s*k(\w+),", enum, re.MULTILINE)
+    snake = {re.sub(r"(?<=[a-z])(?=[A-Z])", "_", fence).lower() for fence in fences}
+    tests = set(names_in(TESTS / "test_fences.cpp"))
+    assert len(snake) >= 17
+    assert {f"fence_{fence}_is_missed" for fence in snake} <= tests
+
+
+def test_every_test_file_is_built() -> None:
+    assert {path.stem for path in TESTS.glob("test_*.cpp")} == set(PLAIN.tests)
