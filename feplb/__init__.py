@@ -3,10 +3,10 @@
 Importing needs no GPU and no compiler, and starts no thread.
 """
 
-from .as_compute import as_compute
 from .balancer import Balancer, CallRecord, Ticket
 from .compute import ExpertCompute, SwiGLU
 from .config import BalancerConfig, LayerSpec, TensorSpec
+from .function_compute import as_compute
 from .moe import MoEConfig, MoELayer
 
 __version__ = "0.1.0"
