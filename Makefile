@@ -17,6 +17,9 @@ TORCH := 2.13.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 HAS_TORCH := -c 'import sys, torch; sys.exit([int(n) for n in torch.__version__.split(".")[:2]] < [2, 8])'
 
+# Wherever pip has put it.
+CLANG_FORMAT := -c 'from clang_format import clang_format; clang_format()'
+
 BUILT_FROM := pyproject.toml setup.py $(wildcard feplb/csrc/*.cpp feplb/csrc/*.h)
 
 .PHONY: help demo test check
@@ -37,7 +40,7 @@ check: $(VENV)/.dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	find feplb tests '(' -name '*.cpp' -o -name '*.h' ')' -print0 | \
-		PATH="$(VENV)/bin:$$PATH" xargs -0 clang-format --dry-run -Werror
+		xargs -0 $(RUN) $(CLANG_FORMAT) --dry-run -Werror
 	$(RUN) -m pytest tests/test_walls.py
 
 $(VENV)/.torch:

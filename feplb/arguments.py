@@ -13,6 +13,7 @@ from torch import Tensor
 from .call import WeightLayout
 from .config import LayerSpec
 
+_MOST_ROWS = 2**31 - 1  # of one expert: counts travel as int32
 _ALIGNMENT = 16  # bytes; below it the bits of small GEMMs change
 
 
@@ -25,9 +26,9 @@ def checked_counts(counts: Sequence[int] | Tensor, num_local_experts: int) -> li
     checked = [int(count) for count in counts]
     if len(checked) != num_local_experts:
         raise ValueError(f"counts has {len(checked)} entries, expected {num_local_experts}")
-    for expert, count in enumerate(checked):
-        if not 0 <= count < 1 << 31:
-            raise ValueError(f"counts[{expert}] is {count}, expected 0 to 2^31 - 1")
+    if not (0 <= min(checked) and max(checked) <= _MOST_ROWS):
+        expert = next(e for e, count in enumerate(checked) if not 0 <= count <= _MOST_ROWS)
+        raise ValueError(f"counts[{expert}] is {checked[expert]}, expected 0 to {_MOST_ROWS}")
     return checked
 
 

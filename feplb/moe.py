@@ -10,7 +10,8 @@ Shapes: T = tokens, H = hidden, F = ffn_hidden, E = num_experts, N = rows receiv
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from .compute import SwiGLU
 from .config import LayerSpec
-from .dispatch import AllToAllDispatcher
+from .dispatch import AllToAllDispatcher, DeepEPDispatcher
 from .router import TopKRouter
 from .training import mark_expert_parameters
 from .two_phase import run_experts_locally
@@ -91,7 +92,6 @@ class MoEConfig:
         if self.shared_ffn_hidden is not None and self.shared_ffn_hidden < 1:
             raise ValueError(f"shared_ffn_hidden is {self.shared_ffn_hidden}, expected 1 or more.")
 
-
     def layer_spec(self, ep_size: int, max_rows: int) -> LayerSpec:
         """This layer as a Balancer's ``layers`` lists it.
 
@@ -127,6 +127,20 @@ class ExpertBalancer(Protocol):
     ) -> Tensor: ...
 
 
+class Dispatcher(Protocol):
+    """What MoELayer asks of a dispatcher: AllToAllDispatcher's interface, or DeepEPDispatcher's."""
+
+    group: dist.ProcessGroup | None
+    ep_rank: int
+    ep_size: int
+
+    @property
+    def dispatch(self) -> Callable[..., tuple[Tensor, Any]]: ...
+
+    @property
+    def combine(self) -> Callable[..., Tensor]: ...
+
+
 class MoELayer(nn.Module):
     """A drop-in feed-forward module: x [..., H] -> [..., H].
 
@@ -140,10 +154,13 @@ class MoELayer(nn.Module):
             expert on its owner. Shared by all layers and by copies of the module, never owned.
         group: the EP group; None means all experts are on this rank.
         layer: overrides config.layer.
+        dispatcher: "all_to_all" (torch.distributed), "deepep" (DeepEP V1; config.dtype must be
+            bfloat16), or a dispatcher of your own over `group`, such as a DeepEPDispatcher for V2.
     Attributes:
         last_counts: rows that each local expert received in the latest forward.
     Raises:
-        ValueError: num_experts is not a multiple of the EP group's size.
+        ValueError: num_experts is not a multiple of the EP group's size; an unknown dispatcher; a
+            layer that DeepEP cannot carry.
     """
 
     def __init__(
@@ -153,11 +170,12 @@ class MoELayer(nn.Module):
         group: dist.ProcessGroup | None = None,
         *,
         layer: int | None = None,
+        dispatcher: str | Dispatcher = "all_to_all",
     ) -> None:
         super().__init__()
         self.config = config if layer is None else dataclasses.replace(config, layer=layer)
         self.balancer = balancer
-        self.dispatcher = AllToAllDispatcher(group)
+        self.dispatcher = _make_dispatcher(config, group, dispatcher)
         if config.num_experts % self.dispatcher.ep_size:
             raise ValueError(
                 f"num_experts is {config.num_experts}, expected a multiple of the EP group's "
@@ -233,9 +251,10 @@ class MoELayer(nn.Module):
             if balancer is not None:
                 ticket = balancer.begin(counts, layer=layer)
 
-        rows, handle = self.dispatcher.dispatch(
-            tokens, topk_idx, self.config.num_experts, on_counts=begin
-        )
+        dispatch = self.dispatcher.dispatch
+        if isinstance(self.dispatcher, DeepEPDispatcher):  # sends the weights with the tokens
+            dispatch = functools.partial(dispatch, topk_weights=topk_weights)
+        rows, handle = dispatch(tokens, topk_idx, self.config.num_experts, on_counts=begin)
         counts = list(handle.counts)
         if balancer is None:
             out = run_experts_locally(rows, counts, weights, self.compute)
@@ -268,6 +287,24 @@ class _SharedExpert(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         gate, up = nn.functional.linear(tokens, self.w1).chunk(2, dim=-1)
         return nn.functional.linear(nn.functional.silu(gate) * up, self.w2)
+
+
+def _make_dispatcher(
+    config: MoEConfig, group: dist.ProcessGroup | None, dispatcher: str | Dispatcher
+) -> Dispatcher:
+    if dispatcher == "deepep":
+        dispatcher = DeepEPDispatcher(group, check_choices=False)  # the router's are distinct
+    elif dispatcher == "all_to_all":
+        dispatcher = AllToAllDispatcher(group)
+    if isinstance(dispatcher, str):
+        raise ValueError(f"dispatcher is {dispatcher!r}, expected all_to_all or deepep.")
+    if dispatcher.group is not group:
+        raise ValueError(
+            "the dispatcher is over another EP group than `group`. Give both the same."
+        )
+    if isinstance(dispatcher, DeepEPDispatcher):
+        dispatcher.check_layer(config.hidden, config.dtype, config.num_experts, config.top_k)
+    return dispatcher
 
 
 def _swiglu_shapes(hidden: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:

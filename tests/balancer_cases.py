@@ -35,7 +35,7 @@ PROBS = (TensorSpec((), torch.float32),)
 
 
 def layer_spec(
-    num_local_experts: int = 4,
+    num_local_experts: int = 5,
     hidden: int = 32,
     width: int = 48,
     dtype: torch.dtype = torch.float32,
@@ -52,8 +52,8 @@ TWO_LAYERS = (layer_spec(), layer_spec())
 # Different H, F, E and dtype in one arena; the last two carry router probabilities.
 MIXED = (
     layer_spec(),
-    layer_spec(2, 64, 32, row_data=PROBS),
-    layer_spec(3, 48, 40, torch.bfloat16, row_data=PROBS),
+    layer_spec(3, 64, 32, row_data=PROBS),
+    layer_spec(4, 48, 40, torch.bfloat16, row_data=PROBS),
 )
 
 
@@ -91,18 +91,19 @@ def flat(weights: Weights) -> list[Tensor]:
 
 
 def uneven_counts(rank: int, num_ranks: int, num_local_experts: int, step: int = 0) -> list[int]:
-    """Rank step % n is overloaded, the second after it has no tokens, some experts have none.
+    """Rank step % n is overloaded, the next has one full expert, the one after it has no tokens.
 
-    Example, 4 experts, step 0: rank 0 [40, 5, 10, 72], rank 1 [0, 8, 0, 5], rank 2 nothing,
-    rank 3 [0, 1, 6, 11].
+    Example, 4 ranks, step 0: rank 0 [24, 35, 37, 48, 50], rank 1 [0, 38, 4, 0, 5], rank 2 nothing,
+    rank 3 [0, 5, 1, 6, 2]. Greedy moves five experts; rank 1 helps and is helped.
     """
     if rank == (step + 2) % num_ranks and num_ranks > 2:
         return [0] * num_local_experts
-    counts = [(3 * rank + 5 * e + 7 * step) % 13 for e in range(num_local_experts)]
+    counts = [(3 * rank + 5 * e + 7 * step) % 9 for e in range(num_local_experts)]
     counts[step % num_local_experts] = 0
     if rank == step % num_ranks:
-        counts[0] += 40
-        counts[-1] += 70
+        return [c + 24 + 6 * ((e + step) % num_local_experts) for e, c in enumerate(counts)]
+    if rank == (step + 1) % num_ranks:
+        counts[(step + 1) % num_local_experts] += 30
     return counts
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from feplb import SwiGLU
 
 BAD_RANK, STEP = 1, 1
-SPECS = (layer_spec(row_data=PROBS),)
-# Counts of rank 1 in step 1, where it is the overloaded one: 139 rows.
-COUNTS = [50, 0, 7, 82]
+SPECS = (layer_spec(4, row_data=PROBS),)
+# Counts of rank 1 in step 1, where it is the overloaded one: 142 rows.
+COUNTS = [31, 36, 44, 31]
 
 Arguments = dict[str, Any]
 
@@ -60,20 +60,20 @@ def counts_of(*counts: Any) -> Callable[[Arguments], Arguments]:
 
 MISTAKES = {
     "counts below the rows": Mistake(
-        counts_of(49, 0, 7, 82), "counts add up to 138, expected the 139 rows given"
+        counts_of(30, 36, 44, 31), "counts add up to 141, expected the 142 rows given"
     ),
     "counts above the rows": Mistake(
-        counts_of(50, 0, 7, 83), "counts add up to 140, expected the 139 rows given"
+        counts_of(31, 36, 44, 32), "counts add up to 143, expected the 142 rows given"
     ),
     "negative count": Mistake(
-        counts_of(50, 0, -7, 82), r"counts\[2\] is -7, expected 0 to 2\^31 - 1"
+        counts_of(31, 36, -44, 31), r"counts\[2\] is -44, expected 0 to 2\^31 - 1"
     ),
     "oversized count": Mistake(
-        counts_of(1 << 31, 0, 7, 82), r"counts\[0\] is 2147483648, expected 0 to 2\^31 - 1"
+        counts_of(1 << 31, 36, 44, 31), r"counts\[0\] is 2147483648, expected 0 to 2\^31 - 1"
     ),
-    "three counts": Mistake(counts_of(50, 7, 82), "counts has 3 entries, expected 4"),
-    "count that is no number": Mistake(counts_of("many", 0, 7, 82), "counts"),
-    "fractional count": Mistake(counts_of(50.5, 0, 7, 82), r"counts\[0\] is 50.5"),
+    "three counts": Mistake(counts_of(31, 36, 44), "counts has 3 entries, expected 4"),
+    "count that is no number": Mistake(counts_of("many", 36, 44, 31), "counts"),
+    "fractional count": Mistake(counts_of(31.5, 36, 44, 31), r"counts\[0\] is 31.5"),
     "counts on another device": Mistake(
         lambda args: {"counts": torch.empty(4, dtype=torch.int64, device="meta")},
         "counts are on meta, expected host ints",
@@ -84,18 +84,18 @@ MISTAKES = {
     ),
     "width of rows": Mistake(
         lambda args: {"rows": args["rows"][:, :16].contiguous()},
-        r"rows have shape \(139, 16\), expected \(139, 32\)",
+        r"rows have shape \(142, 16\), expected \(142, 32\)",
     ),
     "dimensions of rows": Mistake(
-        lambda args: {"rows": args["rows"].view(1, 139, 32)},
-        r"rows have shape \(1, 139, 32\), expected \(139, 32\)",
+        lambda args: {"rows": args["rows"].view(1, 142, 32)},
+        r"rows have shape \(1, 142, 32\), expected \(142, 32\)",
     ),
     "device of rows": Mistake(
         lambda args: {"rows": args["rows"].to("meta")}, "rows are on meta, expected cpu"
     ),
     "rows not contiguous": Mistake(
         lambda args: {"rows": transposed(args["rows"])},
-        r"rows are not contiguous \(stride \(1, 139\)\), expected row-major",
+        r"rows are not contiguous \(stride \(1, 142\)\), expected row-major",
     ),
     "address of rows": Mistake(
         lambda args: {"rows": shifted(args["rows"])},
@@ -106,7 +106,7 @@ MISTAKES = {
     ),
     "shape of side data": Mistake(
         lambda args: {"row_data": (args["row_data"][0][:-1],)},
-        r"row_data\[0\] have shape \(138,\), expected \(139,\)",
+        r"row_data\[0\] have shape \(141,\), expected \(142,\)",
     ),
     "dtype of side data": Mistake(
         lambda args: {"row_data": (args["row_data"][0].double(),)},
@@ -150,10 +150,10 @@ MISTAKES = {
         lambda args: {"grad_sinks": [torch.zeros(4, 96, 32)]}, "1 grad_sinks"
     ),
     "negative count in begin": Mistake(
-        counts_of(50, 0, -7, 82), r"counts\[2\] is -7, expected 0 to 2\^31 - 1", in_begin=True
+        counts_of(31, 36, -44, 31), r"counts\[2\] is -44, expected 0 to 2\^31 - 1", in_begin=True
     ),
     "three counts in begin": Mistake(
-        counts_of(50, 7, 82), "counts has 3 entries, expected 4", in_begin=True
+        counts_of(31, 36, 44), "counts has 3 entries, expected 4", in_begin=True
     ),
     "layer out of range in begin": Mistake(
         lambda args: {"layer": 7}, r"layer=7 \(rank 1\), expected 0 to 0", in_begin=True

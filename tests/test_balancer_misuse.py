@@ -129,7 +129,7 @@ def change_after_begin(arm: Arm, change: Callable[[Arm], dict[str, Any]]) -> Non
 
 
 def other_counts(arm: Arm) -> dict[str, Any]:
-    return {"counts": [1, 0, 0, 0], "rows": torch.zeros(1, 32)}
+    return {"counts": [1, 0, 0, 0, 0], "rows": torch.zeros(1, 32)}
 
 
 def other_dtype(arm: Arm) -> dict[str, Any]:

@@ -41,6 +41,9 @@ struct CountBoard::Slot {
   uint32_t grad_bits;
   uint32_t num_counts;
   char error[kErrorChars];
+
+  int32_t* counts() { return reinterpret_cast<int32_t*>(this + 1); }
+  const int32_t* counts() const { return reinterpret_cast<const int32_t*>(this + 1); }
 };
 
 struct alignas(kLine) CountBoard::AbortRecord {
@@ -104,14 +107,13 @@ void CountBoard::publish(int rank, const CallHeader& header) {
   target.grad_bits = header.grad_bits;
   target.num_counts = static_cast<uint32_t>(header.counts.size());
   store_text(target.error, header.error);
-  std::memcpy(reinterpret_cast<std::byte*>(&target) + sizeof(Slot), header.counts.data(),
-              sizeof(int32_t) * header.counts.size());
-  target.seq.store(header.seq, std::memory_order_release);
+  std::copy(header.counts.begin(), header.counts.end(), target.counts());
+  target.seq.store(header.seq);
   block(rank).last_seq.store(header.seq, std::memory_order_release);
 }
 
 uint64_t CountBoard::published_seq(int rank, uint64_t seq) const {
-  return slot(rank, seq).seq.load(std::memory_order_acquire);
+  return slot(rank, seq).seq.load();
 }
 
 void CountBoard::read(int rank, uint64_t seq, CallHeader& header) const {
@@ -126,9 +128,7 @@ void CountBoard::read(int rank, uint64_t seq, CallHeader& header) const {
   header.plan_hash = source.plan_hash;
   header.grad_bits = source.grad_bits;
   header.error = source.error;
-  header.counts.resize(source.num_counts);
-  std::memcpy(header.counts.data(), reinterpret_cast<const std::byte*>(&source) + sizeof(Slot),
-              sizeof(int32_t) * source.num_counts);
+  header.counts.assign(source.counts(), source.counts() + source.num_counts);
 }
 
 std::string CountBoard::last_seen(int rank) const {

@@ -3,7 +3,7 @@
 // inbound flags (written by the sender's stream) and the abort record (first writer wins).
 //
 //   word                     written by                     read by              order
-//   header.seq               its rank, after the header     every mover          release / acquire
+//   header.seq               its rank, after the header     every mover          seq_cst, see mover.cpp
 //   inbound flag [src][kind] src's copy stream, after data  its rank's stream    release / acquire
 //   released [region][half]  its rank's compute stream,     pushers' movers      release / acquire
 //                            after the last reader

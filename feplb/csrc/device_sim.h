@@ -16,7 +16,7 @@ class SimDevice : public Device {
   ~SimDevice() override { stop(); }
 
   // Enqueues a kernel on the compute stream. With a blocking driver, some launches first hold the
-  // driver until everything queued on this device has run, as a lazy module load or cudaFree does.
+  // driver until everything queued on this device has run, as a lazy module load or a free does.
   void launch(std::function<void()> kernel);
 
   void bind_compute(std::uintptr_t stream) override;  // 0 or 1

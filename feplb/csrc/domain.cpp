@@ -59,7 +59,8 @@ void Domain::open() {
   crew.awaits_release = [this] { return mover_.awaits_release(); };
   crew.watchdog_look = [this] { watchdog_.look(); };
   crew.peer_died = [this](int rank) { watchdog_.peer_died(rank); };
-  if (device_->drive(std::move(crew))) return;
+  is_driven_ = device_->drive(std::move(crew));
+  if (is_driven_) return;
   const std::string name = cat("feplb-", config_.rank);
   mover_thread_ = Worker(name + "-mover", [this] { mover_.run(); });
   watchdog_thread_ = Worker(name + "-watch", [this] { watchdog_.run(); });
@@ -160,13 +161,15 @@ uint64_t Domain::begin(CallHeader header, std::vector<Move> saved_moves,
   grads_posted_ = false;
   seq_ = header.seq;
   mover_.begin(std::move(header), std::move(saved_moves));
+  mover_.ring_waiting_peers();
+  if (!is_driven_) mover_.plan_now();
   return seq_;
 }
 
 const Agreement& Domain::wait_plan() {
   constexpr const char* kPhase = "waiting for the counts of all ranks";
   check_usable(kPhase);
-  const auto done = [this] { return mover_.planned(); };
+  const auto done = [this] { return is_driven_ ? mover_.planned() : mover_.plan_now(); };
   const WaitResult result = device_->wait_host(caller_bell_, done, limits());
   if (!mover_.planned()) settle(result, kPhase, mover_.missing_headers());
   const Agreement& agreement = mover_.agreement();

@@ -126,6 +126,7 @@ class Domain {
   Watchdog watchdog_;
   pid_t pid_;
   bool closed_ = false;
+  bool is_driven_ = false;  // the lane runs the mover (simulation): only it may plan
 
   uint64_t seq_ = 0;
   CallHeader call_;

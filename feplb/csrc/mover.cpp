@@ -92,10 +92,18 @@ void Mover::begin(CallHeader header, std::vector<Move> saved_moves) {
     submitted_level_.store(0, std::memory_order_relaxed);
     live_ = true;
   }
+  // The own mover may be asleep since the last call, when it wanted no headers. It need not wake for
+  // this one: a peer that publishes later rings it, and if none will, the caller plans (plan_now).
+  board_.bell(rank_).expect(kHeaderRing);
   board_.publish(rank_, header_);
+}
+
+// A peer that has not published yet will find this header itself. The board's seq words are written
+// and read seq_cst, so of two ranks that publish at once, at least one sees the other.
+void Mover::ring_waiting_peers() {
   for (int rank = 0; rank < board_.num_ranks(); ++rank) {
-    // The own mover may be asleep since the last call, when it wanted no headers.
-    board_.bell(rank).ring(rank == rank_ ? kJobRing | kHeaderRing : kHeaderRing);
+    const bool waits = rank != rank_ && board_.published_seq(rank, header_.seq) == header_.seq;
+    if (waits) board_.bell(rank).ring(kHeaderRing);
   }
 }
 
@@ -174,6 +182,16 @@ bool Mover::try_step() {
   return try_submit();
 }
 
+bool Mover::plan_now() {
+  try {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (live_ && !planned() && !failure_.poisoned()) try_plan();
+  } catch (const std::exception& error) {
+    failure_.poison(cat("planning failed: ", error.what()));
+  }
+  return planned();
+}
+
 bool Mover::try_plan() {
   const int num_ranks = board_.num_ranks();
   for (int rank = 0; rank < num_ranks; ++rank) {
@@ -201,10 +219,12 @@ void Mover::choose_moves() {
     agreement_.plan.hash = header_.plan_hash;
     return;
   }
+  const LayerShape& shape = layout_.layer(header_.layer);
   for (const CallHeader& header : headers_) {
+    FEPLB_CHECK(static_cast<int32_t>(header.counts.size()) == shape.num_local_experts,
+                "counts must be ", shape.num_local_experts, ", got ", header.counts.size());
     agreement_.counts.insert(agreement_.counts.end(), header.counts.begin(), header.counts.end());
   }
-  const LayerShape& shape = layout_.layer(header_.layer);
   PlanInput input;
   input.counts = agreement_.counts.data();
   input.num_ranks = board_.num_ranks();

@@ -65,6 +65,14 @@ TEST(board_keeps_two_headers_of_a_rank) {
   check_throws<Error>([&] { two.board.read(0, 4, read); }, "must be seq 4, got 6");
 }
 
+TEST(board_carries_a_call_without_counts) {
+  Board one(1, 2);
+  one.board.publish(0, header(1, {}));
+  CallHeader read = header(0, {5});
+  one.board.read(0, 1, read);
+  CHECK(read.counts.empty(), "there were none");
+}
+
 TEST(board_reads_back_every_field) {
   Board one(1, 3);
   CallHeader sent = header(9, {1, 2, 3});

@@ -20,13 +20,19 @@ class WithoutFence {
   const Fence fence_;
 };
 
-SimRunOptions options_for(uint64_t seed) { return variant(static_cast<int>(seed % kNumVariants)); }
+SimRunOptions any_variant(uint64_t seed) { return variant(static_cast<int>(seed % kNumVariants)); }
+
+// Where a fence is missed in one variant only, or there most often.
+SimRunOptions separate_queues(uint64_t /*seed*/) { return variant(0); }
+SimRunOptions single_queue(uint64_t /*seed*/) { return variant(1); }
+SimRunOptions blocking_driver(uint64_t /*seed*/) { return variant(2); }
+SimRunOptions two_streams(uint64_t /*seed*/) { return variant(4); }
 
 // Also a rank dies. While all is well an owner cannot place results before its helpers have had its
 // rows and weights; once waits are lifted, only its own copies tell it that they were read.
 SimRunOptions options_with_death(uint64_t seed) {
   feplb::SimRandom random(seed);
-  SimRunOptions options = options_for(seed);
+  SimRunOptions options = any_variant(seed);
   options.world.fault = feplb::SimFault::kKill;
   options.world.fault_rank = static_cast<int>(random.below(4));
   options.world.fault_step = random.below(3000);
@@ -34,7 +40,7 @@ SimRunOptions options_with_death(uint64_t seed) {
 }
 
 // Finds a seed that goes wrong without the fence, and goes right with it.
-void expect_missed(Fence fence, SimRunOptions (*options)(uint64_t seed) = options_for) {
+void expect_missed(Fence fence, SimRunOptions (*options)(uint64_t seed) = any_variant) {
   uint64_t seed = 0;
   std::string wrong;
   {
@@ -47,16 +53,15 @@ void expect_missed(Fence fence, SimRunOptions (*options)(uint64_t seed) = option
   }
   const std::string with = run_simulation(seed, options(seed)).wrong;
   CHECK(with.empty(), "seed ", seed, " goes wrong with the fence, too: ", with);
-  note(cat("seed ", seed, ", ", variant_name(static_cast<int>(seed % kNumVariants)), ": ",
-           wrong.substr(0, wrong.find('\n'))));
+  note(cat("seed ", seed, ": ", wrong.substr(0, wrong.find('\n'))));
 }
 
 TEST(fence_handshake_is_missed) { expect_missed(Fence::kHandshake); }
 TEST(fence_handshake_is_missed_with_a_single_queue) {
-  expect_missed(Fence::kHandshake, [](uint64_t /*seed*/) { return variant(1); });
+  expect_missed(Fence::kHandshake, single_queue);
 }
 TEST(fence_handshake_is_missed_with_a_blocking_driver) {
-  expect_missed(Fence::kHandshake, [](uint64_t /*seed*/) { return variant(2); });
+  expect_missed(Fence::kHandshake, blocking_driver);
 }
 TEST(fence_wait_rows_is_missed) { expect_missed(Fence::kWaitRows); }
 TEST(fence_wait_weights_is_missed) { expect_missed(Fence::kWaitWeights); }
@@ -67,10 +72,12 @@ TEST(fence_event_returns_is_missed) { expect_missed(Fence::kEventReturns); }
 TEST(fence_event_grads_is_missed) { expect_missed(Fence::kEventGrads); }
 TEST(fence_release_rows_is_missed) { expect_missed(Fence::kReleaseRows); }
 TEST(fence_release_weights_is_missed) { expect_missed(Fence::kReleaseWeights); }
-TEST(fence_release_returns_is_missed) { expect_missed(Fence::kReleaseReturns); }
-TEST(fence_release_grads_is_missed) { expect_missed(Fence::kReleaseGrads); }
+// With one compute stream, an owner's rows of a later call leave after it has placed what came home
+// from this one; only calls on streams that nothing orders need these two.
+TEST(fence_release_returns_is_missed) { expect_missed(Fence::kReleaseReturns, two_streams); }
+TEST(fence_release_grads_is_missed) { expect_missed(Fence::kReleaseGrads, two_streams); }
 TEST(fence_drain_inputs_is_missed) { expect_missed(Fence::kDrainInputs, options_with_death); }
-TEST(fence_drain_outbox_is_missed) { expect_missed(Fence::kDrainOutbox); }
+TEST(fence_drain_outbox_is_missed) { expect_missed(Fence::kDrainOutbox, separate_queues); }
 TEST(fence_drain_grad_outbox_is_missed) { expect_missed(Fence::kDrainGradOutbox); }
 TEST(fence_flag_after_data_is_missed) { expect_missed(Fence::kFlagAfterData); }
 TEST(fence_epoch_check_is_missed) { expect_missed(Fence::kEpochCheck); }

@@ -7,7 +7,7 @@ namespace {
 
 using feplb::cat;
 
-constexpr uint64_t kSeedsPerVariant = 300;
+constexpr uint64_t kSeedsPerVariant = 600;
 
 void run_seeds(int number) {
   const SimRunOptions options = variant(number);

@@ -186,6 +186,32 @@ TEST(abort_of_another_rank_stops_the_mover) {
   CHECK(ranks.first.mover.cancelled(), "and it is out of the driver");
 }
 
+TEST(counts_of_the_wrong_length_are_an_error) {
+  TwoRanks ranks;
+  ranks.begin(forward(1, {10, 6}), forward(1, {0}));
+  const std::string part = "counts must be 2, got 1";
+  CHECK(ranks.first.failure.text().find(part) != std::string::npos, ranks.first.failure.text());
+}
+
+TEST(waiting_caller_plans_itself) {
+  TwoRanks ranks;
+  ranks.first.mover.begin(forward(1, {10, 6}), {});
+  CHECK(!ranks.first.mover.plan_now(), "rank 1 is missing");
+  ranks.second.mover.begin(forward(1, {0, 0}), {});
+  CHECK(ranks.first.mover.plan_now() && ranks.first.mover.planned(), "all are there");
+  CHECK(!ranks.first.mover.step(), "nothing is left for the mover");
+  CHECK_EQ(ranks.first.mover.agreement().plan.moves.size(), 1u);
+}
+
+TEST(error_in_the_callers_planning_poisons_the_call) {
+  TwoRanks ranks;
+  ranks.first.mover.begin(forward(1, {10, -6}), {});
+  ranks.second.mover.begin(forward(1, {0, 0}), {});
+  CHECK(!ranks.first.mover.plan_now() && ranks.first.failure.poisoned(), "it failed");
+  CHECK(ranks.first.failure.text().find("planning failed: plan: counts of rank 0") == 0,
+        ranks.first.failure.text());
+}
+
 TEST(error_in_a_step_poisons_the_call) {
   TwoRanks ranks;
   ranks.begin(forward(1, {10, -6}), forward(1, {0, 0}));

@@ -128,7 +128,9 @@ TEST(sim_kernel_that_throws_ends_every_rank) {
   const auto errors = ranks.run([&](int rank) {
     const SimWorld::Turn turn(*world, rank);
     if (rank == 0) devices[0]->launch([] { throw std::runtime_error("boom"); });
-    ranks.domain(rank).begin(CallHeader(), {}, 0);
+    CallHeader header;
+    header.counts.assign(kNumExperts, 1);
+    ranks.domain(rank).begin(header, {}, 0);
     ranks.domain(rank).wait_plan();
     Bell bell;
     const std::atomic<bool> never{false};

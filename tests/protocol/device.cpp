@@ -175,7 +175,7 @@ void Model::end_copy(int rank, int place, State* state) const {
   remove(place, &self);
   if (job.flag == kNone) return;
   RankState& receiver = state->ranks[job.dst];
-  receiver.lifted_flags = static_cast<uint8_t>(receiver.lifted_flags & ~(1u << job.flag));
+  receiver.lifted_flags = static_cast<uint16_t>(receiver.lifted_flags & ~(1u << job.flag));
 }
 
 // --- reductions (model.h) ------------------------------------------------------------------------

@@ -20,6 +20,7 @@ using protocol::Config;
 using protocol::Model;
 using protocol::Result;
 using protocol::Rule;
+using protocol::Shape;
 
 struct Options {
   Config config;
@@ -38,15 +39,24 @@ bool choice(const std::string& value, const std::string& off, const std::string&
   return value == on;
 }
 
+Shape shape(const std::string& value) {
+  if (value == "ring") return Shape::kRing;
+  if (value == "alternate") return Shape::kAlternate;
+  if (value == "fan-in") return Shape::kFanIn;
+  if (value == "fan-out") return Shape::kFanOut;
+  throw std::invalid_argument(value);
+}
+
 void set_option(const std::string& name, const std::string& value, Options* options) {
   Config& config = options->config;
   if (name == "--ranks") {
     config.ranks = number(value, 2, protocol::kMaxRanks);
   } else if (name == "--layers") {
-    config.layers = number(value, 1, 2);
+    config.layers = number(value, 1, 3);
+  } else if (name == "--backward-only") {
+    config.backward_only = choice(value, "0", "1");
   } else if (name == "--shape") {
-    config.shape =
-        choice(value, "ring", "alternate") ? protocol::Shape::kAlternate : protocol::Shape::kRing;
+    config.shape = shape(value);
   } else if (name == "--queue") {
     config.single_queue = choice(value, "separate", "single");
   } else if (name == "--blocking") {
@@ -76,8 +86,11 @@ Options parse(int argc, char** argv) {
     set_option(argv[at], argv[at + 1], &options);
   }
   const Config& config = options.config;
-  if (config.shape == protocol::Shape::kAlternate && (config.ranks != 2 || config.collective)) {
-    throw std::invalid_argument("--shape alternate is for 2 ranks without --collective");
+  if (config.shape == Shape::kAlternate && config.ranks != 2) {
+    throw std::invalid_argument("--shape alternate is for 2 ranks");
+  }
+  if (config.collective && config.shape != Shape::kRing) {
+    throw std::invalid_argument("--collective is for --shape ring");
   }
   if (config.collective && (config.death || config.deadline)) {
     throw std::invalid_argument("--collective cannot end after a fault; lifting it is not ours");

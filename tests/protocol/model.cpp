@@ -20,8 +20,8 @@ Model::Model(const Config& config)
                      config.has(Rule::kLiftUntilCallEnds) && config.has(Rule::kLiftByPlainStore) &&
                      config.has(Rule::kEpochAtLeast)) {}
 
-uint8_t Model::all_flags() const {
-  return static_cast<uint8_t>((1u << (kNumTravelling * (config().ranks - 1))) - 1);
+uint16_t Model::all_flags() const {
+  return static_cast<uint16_t>((1u << (kNumTravelling * (config().ranks - 1))) - 1);
 }
 
 State Model::initial() const {

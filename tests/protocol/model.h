@@ -52,7 +52,7 @@ struct RankState {
   bool has_lifted = false;    // the watchdog has lifted flags at least once
   bool has_stopped = false;   // Rule::kLiftUntilCallEnds taken out: it lifts no more
   bool is_tainted = false;    // the compute stream has read what had not arrived
-  uint8_t lifted_flags = 0;   // inbound flags that read epoch + 2^30
+  uint16_t lifted_flags = 0;   // inbound flags that read epoch + 2^30
   uint32_t submitted = 0;     // own jobs the driver has accepted
   uint32_t begun = 0;         // own jobs whose copy has begun
   uint32_t ended = 0;         // own jobs whose copy has ended and whose flag is written
@@ -139,7 +139,7 @@ class Model {
   bool watchdog_steps(const State& state, int rank, std::vector<Step>* steps) const;
   static void suffer(uint8_t fault, State* state);
   void lift(int rank, State* state) const;
-  uint8_t all_flags() const;
+  uint16_t all_flags() const;
   void enqueue(uint8_t entry, RankState* self, int rank) const;
   void run_instr(int rank, State* state) const;
   Violation submit(int rank, int job, State* state) const;

@@ -29,12 +29,21 @@ int level_of(Kind kind) {
   }
 }
 
-bool is_backward(const Config& config, int seq) { return seq > config.layers; }
-
 // Whom rank's rows go to in call seq, kNone if nobody helps it.
 int helper_of(const Config& config, int rank, int seq) {
-  if (config.shape == Shape::kRing) return (rank + 1) % config.ranks;
-  return seq % 2 == (rank == 0 ? 1 : 0) ? 1 - rank : kNone;
+  const int layer = config.layer(seq);
+  const int other = 1 + layer % (config.ranks - 1);
+  switch (config.shape) {
+    case Shape::kRing:
+      return (rank + 1) % config.ranks;
+    case Shape::kAlternate:
+      return rank == layer % 2 ? 1 - rank : kNone;
+    case Shape::kFanIn:
+      return rank == other ? 0 : kNone;
+    case Shape::kFanOut:
+      return rank == 0 ? other : kNone;
+  }
+  return kNone;
 }
 
 // Whose rows rank computes in call seq, kNone if it helps nobody.
@@ -47,7 +56,7 @@ int owner_of(const Config& config, int rank, int seq) {
 
 // Where a job of that kind goes, kNone if the rank has no such job in this call.
 int destination(const Config& config, int rank, int seq, Kind kind) {
-  if (kind == Kind::kGrads && !is_backward(config, seq)) return kNone;
+  if (kind == Kind::kGrads && !config.is_backward(seq)) return kNone;
   return level_of(kind) == 1 ? helper_of(config, rank, seq) : owner_of(config, rank, seq);
 }
 
@@ -93,7 +102,7 @@ void withhold_whole_calls(Protocol* protocol) {
 void add_jobs(Protocol* protocol) {
   const Config& config = protocol->config;
   JobTable uses;
-  for (int seq = 1; seq <= 2 * config.layers; ++seq) {
+  for (int seq = 1; seq <= config.num_calls(); ++seq) {
     for (int rank = 0; rank < config.ranks; ++rank) {
       std::vector<Job>& jobs = protocol->ranks[rank].jobs;
       for (int index = 0; index < kNumTravelling; ++index) {
@@ -129,22 +138,22 @@ class RankBuilder {
         program_(protocol->ranks[rank]) {}
 
   void build() {
-    for (int seq = 1; seq <= 2 * config_.layers; ++seq) {
+    for (int seq = 1; seq <= config_.num_calls(); ++seq) {
       publish(seq);
-      if (is_backward(config_, seq)) {
+      if (config_.is_backward(seq)) {
         backward(seq);
       } else {
         forward(seq);
       }
       finish_call(seq);
-      if (!is_backward(config_, seq)) continue;
+      if (!config_.is_backward(seq)) continue;
       if (config_.has(Rule::kGradsBeforePublish)) {
         take_grads(seq);
-      } else if (seq > config_.layers + 1) {
+      } else if (seq > 1 && config_.is_backward(seq - 1)) {
         take_grads(seq - 1);
       }
     }
-    if (!config_.has(Rule::kGradsBeforePublish)) take_grads(2 * config_.layers);
+    if (!config_.has(Rule::kGradsBeforePublish)) take_grads(config_.num_calls());
     check();
   }
 

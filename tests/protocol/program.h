@@ -23,18 +23,22 @@
 
 namespace protocol {
 
-constexpr int kMaxRanks = 3;
+constexpr int kMaxRanks = 4;
 constexpr int kNone = -1;
 
+// Who helps whom. A layer's backward has its forward's plan.
 enum class Shape {
-  kRing,       // in every call rank r helps rank r-1 and is helped by r+1; 2 ranks: a swap
-  kAlternate,  // 2 ranks; in odd calls 1 helps 0, in even calls 0 helps 1
+  kRing,       // in every call rank r is helped by r+1 and helps r-1; with 2 ranks a swap
+  kAlternate,  // 2 ranks: 1 helps 0 in even layers, 0 helps 1 in odd ones
+  kFanIn,      // rank 0 helps: rank 1 in layer 0, rank 2 in layer 1, ..., then rank 1 again
+  kFanOut,     // rank 0 is helped: by rank 1 in layer 0, by rank 2 in layer 1, ...
 };
 
 struct Config {
   int ranks = 2;
   int layers = 2;
   Shape shape = Shape::kRing;
+  bool backward_only = false;  // the forward calls are over and everything they did is drained
   bool single_queue = false;  // all streams of a rank share one hardware queue
   bool blocking = false;      // a driver call of Python may hold the lock until the device drains
   bool death = false;         // one rank may die, at any moment
@@ -44,6 +48,9 @@ struct Config {
   Rule without = Rule::kNone;
 
   bool has(Rule rule) const { return without != rule; }
+  int num_calls() const { return backward_only ? layers : 2 * layers; }
+  bool is_backward(int seq) const { return backward_only || seq > layers; }
+  int layer(int seq) const { return is_backward(seq) ? num_calls() - seq : seq - 1; }
 };
 
 // What travels. kRelease only where releases go through the mover (Rule::kHandshakeReleases).

@@ -62,7 +62,8 @@ void Model::serialize(const State& state, int rotation, std::string* bytes) cons
     const RankState& self = state.ranks[(place + rotation) % config().ranks];
     bytes->push_back(static_cast<char>(self.pc));
     bytes->push_back(static_cast<char>(bits_of(self)));
-    bytes->push_back(static_cast<char>(self.lifted_flags));
+    bytes->push_back(static_cast<char>(self.lifted_flags & 0xff));
+    bytes->push_back(static_cast<char>(self.lifted_flags >> 8));
     append_u32(self.submitted, bytes);
     if (self.tainted_jobs != 0) append_u32(self.tainted_jobs, bytes);
     bytes->push_back(static_cast<char>(self.queue_length));
@@ -79,6 +80,7 @@ State Model::deserialize(const char* bytes) const {
     const uint8_t bits = static_cast<uint8_t>(*bytes++);
     take_bits(bits, &self);
     self.lifted_flags = static_cast<uint8_t>(*bytes++);
+    self.lifted_flags |= static_cast<uint16_t>(static_cast<uint8_t>(*bytes++) << 8);
     self.submitted = take_u32(&bytes);
     if ((bits & kTaintedJobsBit) != 0) self.tainted_jobs = take_u32(&bytes);
     self.queue_length = static_cast<uint8_t>(*bytes++);
