@@ -25,6 +25,7 @@ from feplb.scheduler.workloads import calibrated
 NUM_RANKS, NUM_EXPERTS = 2, 128
 HIDDEN = 4  # a row of 16 bytes: what is measured moves no rows
 FFN = 4
+NUM_INPUTS = 200  # distinct counts, each met again after this many calls
 TARGET_US = 15.0
 
 
@@ -33,7 +34,8 @@ class SpinningBarrier:
 
     def __init__(self, path: Path, rank: int) -> None:
         words = 8 * NUM_RANKS  # a cache line each
-        self._rounds = torch.from_file(str(path), shared=True, size=words, dtype=torch.int64).numpy()
+        shared = torch.from_file(str(path), shared=True, size=words, dtype=torch.int64)
+        self._rounds = shared.numpy()
         self._rank = rank
         self._round = 0
 
@@ -72,8 +74,12 @@ def run_rank(rank: int, job: Job) -> None:
     times_us = []
     with Balancer(config, dist.group.WORLD, layers=[spec]) as balancer:
         weights = [torch.zeros(local, 2 * FFN, HIDDEN), torch.zeros(local, HIDDEN, FFN)]
+        inputs = [
+            calibrated(NUM_RANKS, seed=1, step=step, num_experts=NUM_EXPERTS)[rank].tolist()
+            for step in range(NUM_INPUTS)
+        ]
         for step in range(job.samples):
-            counts = calibrated(NUM_RANKS, seed=1, step=step, num_experts=NUM_EXPERTS)[rank].tolist()
+            counts = inputs[step % NUM_INPUTS]
             rows = torch.zeros(sum(counts), HIDDEN)
             with torch.no_grad():
                 barrier.wait()

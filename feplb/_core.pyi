@@ -62,7 +62,6 @@ class Domain:
     def closed(self) -> bool: ...
     def begin(
         self,
-        *,
         kind: int,
         layer: int,
         micro_batch: int,

@@ -23,10 +23,10 @@ def checked_counts(counts: Sequence[int] | Tensor, num_local_experts: int) -> li
         if counts.device.type != "cpu":
             raise ValueError(f"counts are on {counts.device}, expected host ints")
         counts = counts.tolist()
-    checked = [int(count) for count in counts]
+    checked = list(map(int, counts))
     if len(checked) != num_local_experts:
         raise ValueError(f"counts has {len(checked)} entries, expected {num_local_experts}")
-    if not (0 <= min(checked) and max(checked) <= _MOST_ROWS):
+    if min(checked) < 0 or max(checked) > _MOST_ROWS:
         expert = next(e for e, count in enumerate(checked) if not 0 <= count <= _MOST_ROWS)
         raise ValueError(f"counts[{expert}] is {checked[expert]}, expected 0 to {_MOST_ROWS}")
     return checked

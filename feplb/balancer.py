@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -49,8 +49,7 @@ _CPU_GFLOPS_PER_THREAD = 50.0
 _LEAST_GBPS = 0.1  # a canary of a few bytes measures latency, not rate
 
 
-@dataclass(frozen=True)
-class Ticket:
+class Ticket(NamedTuple):
     """A call whose counts ``begin`` has published; hand it to ``run_experts`` of the same layer."""
 
     layer: int
@@ -72,6 +71,30 @@ class CallRecord:
     counts: np.ndarray
     moves: np.ndarray
     plan_us: float
+
+
+class _OneCaller:
+    """Holds a Balancer for one call. (A generator would cost a microsecond more per call.)"""
+
+    __slots__ = ("_balancer", "_lock", "_what")
+
+    def __init__(self, balancer: Balancer, lock: threading.Lock, what: str) -> None:
+        self._balancer, self._lock, self._what = balancer, lock, what
+
+    def __enter__(self) -> None:
+        if self._balancer.closed:
+            raise RuntimeError(f"{self._where()}: the Balancer is closed. Build a new one.")
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError(
+                f"{self._where()}: another thread is inside a call of this Balancer. Nothing was "
+                "sent. Make one call at a time, in the same order on every rank."
+            )
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def _where(self) -> str:
+        return f"{self._what} (rank {self._balancer.rank})"
 
 
 class Balancer:
@@ -384,22 +407,14 @@ class Balancer:
 
     # ------------------------------------------------------- what two_phase.py asks of the door
 
-    @contextlib.contextmanager
-    def one_caller(self, what: str) -> Iterator[None]:
+    def one_caller(self, what: str) -> _OneCaller:
         """Refuse a second thread while a call runs."""
-        if self._closed:
-            raise RuntimeError(
-                f"{what} (rank {self.rank}): the Balancer is closed. Build a new one."
-            )
-        if not self._caller.acquire(blocking=False):
-            raise RuntimeError(
-                f"{what} (rank {self.rank}): another thread is inside a call of this Balancer. "
-                "Nothing was sent. Make one call at a time, in the same order on every rank."
-            )
-        try:
-            yield
-        finally:
-            self._caller.release()
+        return _OneCaller(self, self._caller, what)
+
+    @property
+    def closed(self) -> bool:
+        """No call may be made any more."""
+        return self._closed
 
     @contextlib.contextmanager
     def failing_all(self, layer: int, micro_batch: int, kind: str) -> Iterator[None]:
@@ -424,9 +439,8 @@ class Balancer:
         error: str = "", moves: np.ndarray = NO_MOVES, plan_hash: int = 0,
     ) -> None:  # fmt: skip
         self._seq = self.core.begin(
-            kind=kind, layer=layer, micro_batch=micro_batch, grad_bits=grad_bits, counts=counts,
-            error=error, moves=moves, plan_hash=plan_hash, stream=0,
-        )  # fmt: skip
+            kind, layer, micro_batch, grad_bits, counts, error, moves, plan_hash, 0
+        )
 
     def _refuse(self, layer: int, micro_batch: int, error: ValueError) -> NoReturn:
         """Publish this rank's error, so that no peer waits for it, and raise it."""

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from balancer_cases import PROBS, Arm, Reactions, Scenario, layer_spec
+from balancer_cases import PROBS, Arm, layer_spec
+from balancer_scenarios import Reactions, Scenario
 from torch import Tensor
 
 from feplb import SwiGLU
@@ -101,9 +102,7 @@ MISTAKES = {
         lambda args: {"rows": shifted(args["rows"])},
         "rows start 4 bytes after a multiple of 16",
     ),
-    "no side data": Mistake(
-        lambda args: {"row_data": ()}, "0 row_data tensors, expected 1"
-    ),
+    "no side data": Mistake(lambda args: {"row_data": ()}, "0 row_data tensors, expected 1"),
     "shape of side data": Mistake(
         lambda args: {"row_data": (args["row_data"][0][:-1],)},
         r"row_data\[0\] have shape \(141,\), expected \(142,\)",

@@ -127,9 +127,7 @@ class BareBlock(Block):
 
     def experts(self, hidden: Tensor) -> Tensor:
         assert self.balancer is not None
-        return self.balancer.run_experts(
-            hidden, self.counts, self.weights, self.compute, layer=0
-        )
+        return self.balancer.run_experts(hidden, self.counts, self.weights, self.compute, layer=0)
 
 
 def run_compiled(arm: Arm) -> Bits:

@@ -40,9 +40,7 @@ def record_step(bits: Bits, name: str, leaves: dict[str, Tensor | None]) -> None
         leaf.grad = None
 
 
-def train(
-    arm: Arm, prepared: bool, begun: bool, stacked: bool, num_steps: int = NUM_STEPS
-) -> Bits:
+def train(arm: Arm, prepared: bool, begun: bool, stacked: bool, num_steps: int = NUM_STEPS) -> Bits:
     """Every step runs all layers forward, then backward, then check()."""
     bits: Bits = {}
     weights = [arm.weights(layer, stacked=stacked) for layer in range(len(arm.specs))]
@@ -157,9 +155,7 @@ CASES = {
     "oldest first": Case(functools.partial(keep_in_flight, newest_first=False)),
     "newest first": Case(functools.partial(keep_in_flight, newest_first=True)),
     "prepared at the start": Case(prepare_at_the_start, TWO_LAYERS),
-    "copied NaN": Case(
-        move_nan, PLAIN, expected=return_nan_rows, expected_policy="local"
-    ),
+    "copied NaN": Case(move_nan, PLAIN, expected=return_nan_rows, expected_policy="local"),
     "computed NaN": Case(compute_nan),
 }
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from balancer_cases import NUM_RANKS, TWO_LAYERS, Arm, Reactions, Scenario, loss_of
+from balancer_cases import NUM_RANKS, TWO_LAYERS, Arm, loss_of
+from balancer_scenarios import Reactions, Scenario
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -146,8 +147,7 @@ SCENARIOS |= {
     for policy in ("greedy", "none")
 }
 SCENARIOS |= {
-    name: Scenario(functools.partial(spoil_after, before=before))
-    for name, before in BEFORE.items()
+    name: Scenario(functools.partial(spoil_after, before=before)) for name, before in BEFORE.items()
 }
 
 

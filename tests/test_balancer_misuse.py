@@ -1,5 +1,6 @@
-"""Ranks that disagree, tickets that go astray, a second thread, calls after the end: each is told by
-name on every rank, and nobody waits for the deadline. All scenarios run in one spawn of four ranks.
+"""Ranks that disagree, tickets that go astray, a second thread, calls after the end: each is told
+by name on every rank, and nobody waits for the deadline. All scenarios run in one spawn of four
+ranks.
 """
 
 from __future__ import annotations
@@ -11,17 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from balancer_cases import (
-    NUM_RANKS,
-    PROBS,
-    TWO_LAYERS,
-    Arm,
-    Reactions,
-    Scenario,
-    attempt,
-    layer_spec,
-    loss_of,
-)
+from balancer_cases import NUM_RANKS, PROBS, TWO_LAYERS, Arm, layer_spec, loss_of
+from balancer_scenarios import Reactions, Scenario, attempt
 from torch import Tensor
 
 from feplb import SwiGLU
@@ -225,7 +217,10 @@ def reactions() -> Reactions:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("layer", "rank 0 began the forward of layer 0, micro-batch 0, rank 1 the forward of l.* 1"),
+        (
+            "layer",
+            "rank 0 began the forward of layer 0, micro-batch 0, rank 1 the forward of l.* 1",
+        ),
         ("check", "rank 0 began the forward of layer 0, micro-batch 0, rank 1 the check()"),
         ("backward", "rank 0 began the forward of layer 0, .* 1, rank 1 the backward of layer 0"),
         ("micro-batch", "rank 0 began the backward of .*-batch 0, rank 1 the .*micro-batch 1"),

@@ -13,16 +13,8 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from balancer_cases import (
-    NUM_RANKS,
-    PLAIN,
-    Arm,
-    attempt,
-    build,
-    call_and_check,
-    loss_of,
-    resources_in_use,
-)
+from balancer_cases import NUM_RANKS, PLAIN, Arm, build, loss_of, resources_in_use
+from balancer_scenarios import attempt, call_and_check
 from ranks import run_ranks
 
 from feplb import SwiGLU

@@ -17,16 +17,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from balancer_cases import (
-    NUM_RANKS,
-    PLAIN,
-    Arm,
-    attempt,
-    build,
-    call_and_check,
-    layer_spec,
-    resources_in_use,
-)
+from balancer_cases import NUM_RANKS, PLAIN, Arm, build, layer_spec, resources_in_use
+from balancer_scenarios import attempt, call_and_check
 from ranks import run_ranks
 
 from feplb import Balancer, BalancerConfig
@@ -173,7 +165,10 @@ def test_difference_between_ranks_is_named_on_every_rank(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("variable", "unknown environment variable FEPLB_POLICY; feplb knows FEPLB_LOG, FEPLB_LANE"),
+        (
+            "variable",
+            "unknown environment variable FEPLB_POLICY; feplb knows FEPLB_LOG, FEPLB_LANE",
+        ),
         ("value", "FEPLB_OFF='yes', expected 0 or 1"),
         ("lane", "FEPLB_LANE='rdma', expected one of"),
         ("no layers", "Balancer: layers is empty, expected one LayerSpec per MoE layer"),
@@ -236,7 +231,7 @@ def build_with_a_mistake_on_one_rank(rank: int, num_ranks: int, mistake: str) ->
 
 @pytest.mark.parametrize("mistake", ["variable", "no layers"])
 def test_mistake_of_one_rank_is_told_to_all(mistake: str) -> None:
-    texts = run_ranks(build_with_a_mistake_on_one_rank, NUM_RANKS, mistake, timeout_s=15)
+    texts = run_ranks(build_with_a_mistake_on_one_rank, NUM_RANKS, mistake, timeout_s=10)
     message = "unknown environment variable FEPLB_POLICY" if mistake == "variable" else "layers is"
     for rank, text in enumerate(texts):
         kind = "ValueError" if rank == ODD_RANK else "RuntimeError: rank 2 could not build"

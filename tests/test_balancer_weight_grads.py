@@ -11,8 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from balancer_cases import PROBS, Arm, Bits, Case, Outcomes, Weights, flat, grads
-from balancer_cases import layer_spec, loss_of
+from balancer_cases import (
+    PLAIN,
+    PROBS,
+    Arm,
+    Bits,
+    Case,
+    Outcomes,
+    Weights,
+    flat,
+    grads,
+    layer_spec,
+    loss_of,
+)
 from torch import Tensor
 
 WITH_PROBS = (layer_spec(row_data=PROBS),)
@@ -70,6 +81,25 @@ def use_prepared_weights_twice(arm: Arm) -> Bits:
     prepared = prepare(arm, weights)
     hidden = arm.run(rows, prepared, prepared=False)
     loss_of(arm.run(hidden, prepared, prepared=False)).backward()
+    arm.check()
+    return grads(rows=rows, weights=weights)
+
+
+def prepare_some_tensors(arm: Arm, prepared: int) -> Bits:
+    """Only one tensor of the experts went through prepare_weights."""
+    weights, (rows, _) = arm.weights(), arm.rows()
+    used = list(weights)
+    used[prepared : prepared + 1] = prepare(arm, [weights[prepared]])
+    loss_of(arm.run(rows, used, prepared=False)).backward()
+    arm.check()
+    return grads(rows=rows, weights=weights)
+
+
+def unbind_prepared_weights(arm: Arm) -> Bits:
+    """Stacked when prepared, one tensor per expert when run."""
+    weights, (rows, _) = arm.weights(), arm.rows()
+    used = [list(entry.unbind()) for entry in prepare(arm, weights)]
+    loss_of(arm.run(rows, used, prepared=False)).backward()
     arm.check()
     return grads(rows=rows, weights=weights)
 
@@ -147,7 +177,7 @@ def sum_grads(arm: Arm, dtype: torch.dtype) -> Bits:
     return bits | {f"grad of weights {t}": torch.zeros_like(w) for t, w in enumerate(weights)}
 
 
-def local(program: Any, specs: Any = (layer_spec(),), **kwargs: Any) -> Case:
+def local(program: Any, specs: Any = PLAIN, **kwargs: Any) -> Case:
     return Case(functools.partial(program, **kwargs), specs, expected_policy="local")
 
 
@@ -164,7 +194,6 @@ def sunk(specs: Any, prepared: bool) -> Case:
     )
 
 
-FP32 = (layer_spec(),)
 CASES = {
     "backward twice": local(backward_twice),
     "rows, then all": local(backward_of_rows_then_all),
@@ -174,6 +203,9 @@ CASES = {
     # Three terms: their order is that of ``none``, which has the same nodes.
     "L2 on both": Case(functools.partial(add_l2, on_prepared=True, on_raw=True)),
     "used twice": local(use_prepared_weights_twice),
+    "w1 prepared": local(prepare_some_tensors, prepared=0),
+    "w2 prepared": local(prepare_some_tensors, prepared=1),
+    "unbound": local(unbind_prepared_weights),
     "unused": local(leave_prepared_weights_unused),
     "hooks, prepared": local(visit_by_hooks, prepared=True),
     "hooks, raw": local(visit_by_hooks, prepared=False),
@@ -185,8 +217,8 @@ CASES = {
     "probs frozen": frozen(probs_need=False),
     "only probs train": frozen(0, 1, rows_need=False),
     "everything frozen": frozen(0, 1, rows_need=False, probs_need=False),
-    "fp32 sinks": sunk(FP32, prepared=True),
-    "fp32 sinks, raw": sunk(FP32, prepared=False),
+    "fp32 sinks": sunk(PLAIN, prepared=True),
+    "fp32 sinks, raw": sunk(PLAIN, prepared=False),
     "bf16 to fp32 sinks": sunk(BF16, prepared=True),
     "bf16 to fp32 sinks, raw": sunk(BF16, prepared=False),
 }
@@ -220,6 +252,15 @@ def test_weights_prepared_once_serve_two_calls(outcomes: Outcomes) -> None:
 
 def test_prepared_weights_may_stay_unused(outcomes: Outcomes) -> None:
     outcomes.assert_same_bits("unused")
+
+
+@pytest.mark.parametrize("form", ["w1 prepared", "w2 prepared"])
+def test_one_tensor_of_the_experts_may_be_prepared_alone(outcomes: Outcomes, form: str) -> None:
+    outcomes.assert_same_bits(form)
+
+
+def test_prepared_weights_may_be_unbound_before_the_call(outcomes: Outcomes) -> None:
+    outcomes.assert_same_bits("unbound")
 
 
 @pytest.mark.parametrize("form", ["hooks, prepared", "hooks, raw"])

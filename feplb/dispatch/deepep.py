@@ -375,10 +375,11 @@ def _token_of_row(pair_of_row: Tensor, row_of_pair: Tensor) -> Tensor:
 def _sum_choices(rows: Tensor, row_of_pair: Tensor, weights: Tensor | None) -> Tensor:
     """[N, H]: the rows of each token, times weights [N, k], first choice first, in fp32."""
     num_tokens, top_k = row_of_pair.shape
-    total = torch.zeros(num_tokens, rows.shape[1], dtype=torch.float32, device=rows.device)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    total = rows.new_zeros(num_tokens, rows.shape[1], dtype=wide)
     for choice in range(top_k if len(rows) else 0):
         row = row_of_pair[:, choice]
-        chosen = rows.index_select(0, row.clamp(min=0)).to(total.dtype)
+        chosen = rows.index_select(0, row.clamp(min=0)).to(wide)
         if weights is not None:
             chosen *= weights[:, choice, None]
         total += chosen.masked_fill_(row[:, None] < 0, 0)

@@ -22,5 +22,7 @@ ranks.PRELOAD.append("megatron.core.models.gpt")
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave this folder out unless it was asked for."""
-    asked = any("stacks" in argument for argument in config.args)
-    return None if asked or HERE not in (collection_path, *collection_path.parents) else True
+    asked = [Path(argument.split("::")[0]).resolve() for argument in config.args]
+    if any(HERE in (path, *path.parents) for path in asked):
+        return None
+    return True if HERE in (collection_path, *collection_path.parents) else None

@@ -93,6 +93,9 @@ def transformer_config(run: Run) -> Any:
         "pipeline_model_parallel_size": run.pp,
         "virtual_pipeline_model_parallel_size": run.vpp,
         "pipeline_dtype": torch.float32,
+        # Two stages of an interleaved pipeline are each other's next and previous: not in one batch.
+        "overlap_p2p_comm": run.vpp is not None,
+        "batch_p2p_comm": run.vpp is None,
         "add_bias_linear": False,
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
