@@ -39,7 +39,8 @@ def check_arms(layer: RankLayer, unit: Unit) -> None:
         if name != CEILING:
             _expect_same_bits(f"{unit}, {name} against none", seen, none)
         if unit.scope == "experts" and name in loads:
-            _check_first_expert(f"{unit}, {name}", arms[name], int(loads[name][layer.rank, 0]))
+            num_rows = int(loads[name][layer.rank, 0])
+            _check_first_expert(f"{unit}, {name}", arms[name], num_rows, seen)
         dispatched = loads.get(name, counts)[layer.rank].tolist()
         if unit.scope == "layer" and layer.moe.last_counts != dispatched:
             raise RuntimeError(f"{unit}, {name}: {layer.moe.last_counts} rows, not {dispatched}")
@@ -90,14 +91,13 @@ def _check_placed(
                 _expect_same_bits(f"{unit}, plan_ideal, {piece}", [mine], [theirs])
 
 
-def _check_first_expert(what: str, arm: Arm, num_rows: int) -> None:
+def _check_first_expert(what: str, arm: Arm, num_rows: int, seen: list[Tensor]) -> None:
     """Against SwiGLU written down plainly: another order of additions, hence a tolerance."""
     leaves = [leaf.detach() for leaf in arm.leaves]
     rows, w1, w2 = (t.requires_grad_() for t in (leaves[0][:num_rows], leaves[1][0], leaves[2][0]))
     gate, up = (rows @ w1.T).chunk(2, dim=1)
     out = (torch.nn.functional.silu(gate) * up) @ w2.T
     grads = torch.autograd.grad(out, [rows, w1, w2], arm.grad_out[:num_rows])
-    seen = results_of(arm)
     firsts = (seen[0][:num_rows], seen[1][:num_rows], seen[2][0], seen[3][0])
     for mine, plain in zip(firsts, (out.detach(), *grads), strict=True):
         # Sums of up to 4096 terms in fp32: 1e-4 of the largest value is far above rounding and far

@@ -1,16 +1,17 @@
 """Does balancing an MoE layer pay on the wall clock? Two ranks, one core and one thread each.
 
 Each rank is a process pinned to its own core before torch or a Balancer starts a thread, so mover,
-copier and watchdog share that core (checked at the end). All arms of a unit are checked, then timed
-in random order within each round. A sample begins at an instant both ranks spin for, and ends when
-the slowest rank has added its last weight grad; its forward ends when the slowest rank has its
-outputs. Waiting for the other rank after that sleeps, so that its copies are not slowed. Grads are
-None before each sample. malloc keeps freed memory, as the allocator of a training job does.
+copier and watchdog share that core (checked at the end). All arms are checked first (layer_check),
+then timed, those of a unit in random order within each round. A sample begins at an instant both
+ranks spin for, and ends when the slowest rank has added its last weight grad; fwd is the part of it
+until the slowest rank has its outputs, with grad mode on. Whoever is done sleeps until the other
+is, so that its copies are not slowed. Grads are None before each sample. malloc keeps freed memory,
+as an allocator of tensors does; else every arm pays a third of its time for page faults.
 
 Arms: no_balancer; no_balancer_aa, the same again, for the noise; none and policies, a Balancer of
 this policy; plan_ideal, the policy's loads with rows and weights in place; ceiling, each rank's
-expert sizes scaled to the mean load. Percentages are per seed, of medians over its rounds; shown is
-the median over seeds.  recovered = (none - arm) / (none - ceiling).
+expert sizes scaled to the mean load. In scope "experts" nothing but a Balancer makes the ranks wait
+for each other, which is to its disadvantage.  recovered = (none - arm) / (none - ceiling)
 """
 
 from __future__ import annotations
@@ -178,7 +179,9 @@ def measure(rank: int, schedule: Schedule, words: Any, show_progress: bool) -> l
             if unit.seed == 0:
                 check_arms(layer, unit)
                 ticks.tick()
+        gc.collect()
         gc.disable()
+        gc.freeze()  # collecting between units then looks at their own objects only
         for unit, num_rounds in units:
             rounds(unit, layer.arms(unit), num_rounds)
         paired, arms = paired_arms(layer, schedule)

@@ -1,8 +1,8 @@
 """Lets megatron-core 0.16.1 train without a GPU: gloo, no Transformer Engine, no CUDA.
 
-For examples and tests; on a GPU nothing of this is needed. ``patch_megatron`` changes torch.cuda and
-Megatron in this process: streams and events do nothing, "cuda" means the CPU, and what 0.16.1 takes
-for granted about CUDA tensors holds for CPU tensors.
+For examples and tests; on a GPU nothing of this is needed. ``patch_megatron`` changes torch.cuda
+and Megatron in this process: streams and events do nothing, "cuda" means the CPU, and what 0.16.1
+takes for granted about CUDA tensors holds for CPU tensors.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def patch_torch() -> None:
         setattr(torch.cuda, name, value)
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
-    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[method-assign]
     of_tensor: Any = torch.Tensor.type
 
     def type_of(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -84,7 +84,7 @@ def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
 
 def patch_megatron() -> None:
     """Patch torch and Megatron-Core in this process; once."""
-    if torch.cuda.Stream is _Stream:
+    if issubclass(torch.cuda.Stream, _Stream):
         return
     patch_torch()
     from megatron.core.tensor_parallel import random

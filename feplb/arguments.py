@@ -6,6 +6,7 @@ Every check raises ValueError with what was seen and what was expected; the bala
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -23,12 +24,16 @@ def checked_counts(counts: Sequence[int] | Tensor, num_local_experts: int) -> li
         if counts.device.type != "cpu":
             raise ValueError(f"counts are on {counts.device}, expected host ints")
         counts = counts.tolist()
-    checked = list(map(int, counts))
+    try:
+        checked = list(map(index, counts))
+    except TypeError as error:
+        wrong = next(e for e, count in enumerate(counts) if not hasattr(count, "__index__"))
+        raise ValueError(f"counts[{wrong}] is {counts[wrong]!r}, expected an int") from error
     if len(checked) != num_local_experts:
         raise ValueError(f"counts has {len(checked)} entries, expected {num_local_experts}")
     if min(checked) < 0 or max(checked) > _MOST_ROWS:
         expert = next(e for e, count in enumerate(checked) if not 0 <= count <= _MOST_ROWS)
-        raise ValueError(f"counts[{expert}] is {checked[expert]}, expected 0 to {_MOST_ROWS}")
+        raise ValueError(f"counts[{expert}] is {checked[expert]}, expected 0 to 2^31 - 1")
     return checked
 
 

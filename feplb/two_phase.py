@@ -173,6 +173,15 @@ class _RunExperts(torch.autograd.Function):
 # ------------------------------------------------------------------------------------- backward
 
 
+def _zero_untouched(grads: Sequence[Any], computed: Sequence[Segment], num_experts: int) -> None:
+    """Experts this rank computed no row of have zero grads, not garbage; grads[t] None: none."""
+    untouched = set(range(num_experts)) - {expert for _, _, expert in computed}
+    for expert in untouched:
+        for grad in grads:
+            if grad is not None:
+                grad[expert].zero_()
+
+
 class _BackwardPass:
     """One backward call on one rank."""
 
@@ -222,7 +231,9 @@ class _BackwardPass:
                 )
             core.release_returns()
             core.finish()
-        self._zero_untouched(kept)
+        grads = call.weights.per_tensor(self.flat_grads)
+        wanted = [grads[t] if t in self.tensors else None for t in range(len(grads))]
+        _zero_untouched(wanted, kept, call.spec.num_local_experts)
 
     def _kept(self, segments: list[Segment], saved: Saved) -> None:
         if not segments:
@@ -268,15 +279,6 @@ class _BackwardPass:
             )
         core.release_rows()
         core.post_grads(list(self.tensors))
-
-    def _zero_untouched(self, kept: list[Segment]) -> None:
-        """Experts this rank computed no row of have zero grads, not garbage."""
-        computed = {expert for _, _, expert in kept}
-        grads = self.call.weights.per_tensor(self.flat_grads)
-        for t in self.tensors:
-            for expert in range(self.call.spec.num_local_experts):
-                if expert not in computed:
-                    grads[t][expert].zero_()
 
     def finish_weights(self) -> list[Tensor | None]:
         """The weight grads to return, complete or with the late ones announced to ``late``."""
@@ -357,7 +359,7 @@ class _LocalExperts(torch.autograd.Function):
         grad_rows = torch.empty_like(rows)
         grad_data = [torch.empty_like(d) if needs[6 + i] else None for i, d in enumerate(row_data)]
         grads = [
-            torch.zeros_like(w) if needs[6 + num_row_data + i] else None for i, w in enumerate(flat)
+            torch.empty_like(w) if needs[6 + num_row_data + i] else None for i, w in enumerate(flat)
         ]
         views = [
             None if v is None or (isinstance(v, list) and v[0] is None) else v
@@ -373,6 +375,7 @@ class _LocalExperts(torch.autograd.Function):
                 compute.backward_weights(
                     grad_out, rows, row_data, segments, saved, carry, grad_weights=views
                 )
+                _zero_untouched(views, segments, layout.num_local_experts)
         return (None, None, None, None, None, grad_rows, *grad_data, *grads)
 
 

@@ -310,6 +310,7 @@ class Outcomes:
     def assert_same_bits(self, name: str, *, moved: bool = True) -> None:
         """Same bits on every rank; and rows did move, else the case shows nothing."""
         outcomes = [by_case[name] for by_case in self.by_rank]
-        assert [outcome.error for outcome in outcomes] == [""] * len(outcomes)
-        assert [outcome.differences for outcome in outcomes] == [[]] * len(outcomes)
-        assert (outcomes[0].num_moves > 0) == moved
+        for rank, outcome in enumerate(outcomes):
+            assert not outcome.error, f"rank {rank}:\n{outcome.error}"
+            assert not outcome.differences, f"rank {rank}: {outcome.differences}"
+        assert (outcomes[0].num_moves > 0) == moved, f"{outcomes[0].num_moves} moves"

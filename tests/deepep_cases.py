@@ -41,17 +41,18 @@ class Arm:
 
 
 def make_arms(apis: Sequence[str] = ("v1", "v2")) -> list[Any]:
-    """Every API on 2 and 4 ranks of the stand-in; and on GPUs, where deep_ep is installed."""
+    """Every API on 2 and 4 ranks of the stand-in; and on as many GPUs, where deep_ep is installed.
+
+    Where it is not, one skipped arm stands for all of these.
+    """
     arms = [Arm(api, n, real) for real in (False, True) for api in apis for n in (2, 4)]
-    return [pytest.param(arm, id=str(arm), marks=_marks_of(arm)) for arm in arms]
-
-
-def _marks_of(arm: Arm) -> list[Any]:
-    if not arm.is_real:
-        return []
-    has_all = importlib.util.find_spec("deep_ep") and torch.cuda.device_count() >= arm.num_ranks
-    reason = f"needs deep_ep and {arm.num_ranks} GPUs"
-    return [pytest.mark.gpu, pytest.mark.skipif(not has_all, reason=reason)]
+    num_gpus = torch.cuda.device_count() if importlib.util.find_spec("deep_ep") else 0
+    missing = pytest.mark.skip(reason="needs deep_ep and 2 GPUs")
+    marks = [pytest.mark.gpu] if num_gpus >= 2 else [pytest.mark.gpu, missing]
+    fitting = [arm for arm in arms if not arm.is_real or arm.num_ranks <= num_gpus]
+    if num_gpus < 2:
+        fitting.append(Arm(apis[0], 2, is_real=True))
+    return [pytest.param(arm, id=str(arm), marks=marks if arm.is_real else []) for arm in fitting]
 
 
 @dataclass(frozen=True)
@@ -188,3 +189,11 @@ def forget_deep_ep() -> dict[str, Any]:
     sys.modules.pop("deep_ep.utils")
     sys.modules["deep_ep"] = None  # type: ignore[assignment]
     return hidden
+
+
+def refusal_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"

@@ -101,7 +101,10 @@ class Flight:
         self._work.wait()
         sizes = [part.shape[1] * part.element_size() for part in self._empty]
         parts = zip(self._received.split(sizes, dim=1), self._empty, strict=True)
-        return [received.contiguous().view(part.dtype) for received, part in parts]
+        return [
+            received.clone(memory_format=torch.contiguous_format).view(part.dtype)
+            for received, part in parts
+        ]
 
 
 class Sender:

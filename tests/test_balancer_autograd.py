@@ -187,6 +187,7 @@ CASES = {
     "function in non-reentrant": blocks(wrap=non_reentrant, plain_function=True),
     "offload": blocks(wrap=offload),
     "autocast": blocks(wrap=autocast),
+    "function in autocast": blocks(wrap=autocast, plain_function=True),
     "plain function": blocks(plain_function=True),
     "plain function against SwiGLU": Case(
         functools.partial(two_blocks, plain_function=True), TWO_LAYERS, two_blocks
@@ -227,6 +228,10 @@ def test_offload_hooks_see_what_backward_needs(autograd: Outcomes) -> None:
 
 def test_autocast_around_the_experts_changes_no_bit(autograd: Outcomes) -> None:
     autograd.assert_same_bits("autocast")
+
+
+def test_autocast_around_a_plain_function_changes_no_bit(autograd: Outcomes) -> None:
+    autograd.assert_same_bits("function in autocast")
 
 
 def test_plain_function_has_the_bits_of_none(autograd: Outcomes) -> None:

@@ -201,6 +201,9 @@ print("went on")
 def test_data_loader_workers_leave_through_a_whole_interpreter_exit() -> None:
     done = subprocess.run(
         [sys.executable, "-c", LOADER_SCRIPT],
-        check=False, capture_output=True, text=True, timeout=60,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert (done.stdout.split("\n")[0], done.returncode) == ("went on", 0), done.stderr

@@ -26,7 +26,12 @@ from balancer_cases import (
 )
 from torch import Tensor
 
+from feplb import as_compute
+
 WITH_PROBS = (layer_spec(row_data=PROBS),)
+NEGATIVE_ZERO = as_compute(
+    lambda rows, row_data, weights: rows + sum(weight.sum() * -0.0 for weight in weights)
+)
 BF16 = (layer_spec(dtype=torch.bfloat16),)
 
 
@@ -95,11 +100,29 @@ def prepare_some_tensors(arm: Arm, prepared: int) -> Bits:
     return grads(rows=rows, weights=weights)
 
 
+def hand_in_some_prepared(arm: Arm, prepared: int) -> Bits:
+    """All tensors went through prepare_weights, and only one of the results is used."""
+    weights, (rows, _) = arm.weights(), arm.rows()
+    used = list(weights)
+    used[prepared] = prepare(arm, weights)[prepared]
+    loss_of(arm.run(rows, used, prepared=False)).backward()
+    arm.check()
+    return grads(rows=rows, weights=weights)
+
+
 def unbind_prepared_weights(arm: Arm) -> Bits:
     """Stacked when prepared, one tensor per expert when run."""
     weights, (rows, _) = arm.weights(), arm.rows()
     used = [list(entry.unbind()) for entry in prepare(arm, weights)]
     loss_of(arm.run(rows, used, prepared=False)).backward()
+    arm.check()
+    return grads(rows=rows, weights=weights)
+
+
+def give_negative_zeros(arm: Arm, prepared: bool) -> Bits:
+    """Grads of -0.0, which would be 0.0 if they were added to zeros at home."""
+    weights, (rows, _) = arm.weights(), arm.rows()
+    arm.run(rows, weights, prepared=prepared, compute=NEGATIVE_ZERO).sum().backward()
     arm.check()
     return grads(rows=rows, weights=weights)
 
@@ -205,6 +228,10 @@ CASES = {
     "used twice": local(use_prepared_weights_twice),
     "w1 prepared": local(prepare_some_tensors, prepared=0),
     "w2 prepared": local(prepare_some_tensors, prepared=1),
+    "w1 used": local(hand_in_some_prepared, prepared=0),
+    "w2 used": local(hand_in_some_prepared, prepared=1),
+    "-0.0 late": local(give_negative_zeros, prepared=True),
+    "-0.0 at once": local(give_negative_zeros, prepared=False),
     "unbound": local(unbind_prepared_weights),
     "unused": local(leave_prepared_weights_unused),
     "hooks, prepared": local(visit_by_hooks, prepared=True),
@@ -254,13 +281,18 @@ def test_prepared_weights_may_stay_unused(outcomes: Outcomes) -> None:
     outcomes.assert_same_bits("unused")
 
 
-@pytest.mark.parametrize("form", ["w1 prepared", "w2 prepared"])
+@pytest.mark.parametrize("form", ["w1 prepared", "w2 prepared", "w1 used", "w2 used"])
 def test_one_tensor_of_the_experts_may_be_prepared_alone(outcomes: Outcomes, form: str) -> None:
     outcomes.assert_same_bits(form)
 
 
 def test_prepared_weights_may_be_unbound_before_the_call(outcomes: Outcomes) -> None:
     outcomes.assert_same_bits("unbound")
+
+
+@pytest.mark.parametrize("form", ["-0.0 late", "-0.0 at once"])
+def test_negative_zero_comes_home_as_it_is(outcomes: Outcomes, form: str) -> None:
+    outcomes.assert_same_bits(form)
 
 
 @pytest.mark.parametrize("form", ["hooks, prepared", "hooks, raw"])

@@ -24,24 +24,24 @@ TESTS = ROOT / "tests" / "cpp"
 BUILD = ROOT / "build" / "tests-cpp"
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-pthread"]
 NUM_JOBS = 2  # of the compiler at a time
-HARNESS = ["main", "ranks", "scenario", "call_tensors", "rank_program", "sim_run"]
+HARNESS = ["main", "ranks", "scenario", "call_tensors", "rank_program"]
 
 
 @dataclass(frozen=True)
 class Build:
-    """One set of flags, and the test files it is used for."""
+    """One set of flags, and the files of tests/cpp it is used for, the harness apart."""
 
     name: str
     flags: tuple[str, ...]
-    tests: tuple[str, ...]
+    files: tuple[str, ...]
     bugs: tuple[str, ...] = ()  # of seeded_bugs.cpp, which must be caught
 
     def names(self) -> list[str]:
         """The tests in its files, without building them."""
-        return [name for file in self.tests for name in names_in(TESTS / f"{file}.cpp")]
+        return [name for file in self.files for name in names_in(TESTS / f"{file}.cpp")]
 
 
-SIMULATED = ("test_interleavings", "test_fences", "test_faults", "test_sim")
+SIMULATED = ("sim_run", "test_interleavings", "test_fences", "test_faults", "test_sim")
 BY_HAND = ("test_board", "test_arena", "test_mover", "test_watchdog")
 PLAIN = Build("plain", ("-O2",), (*SIMULATED, *BY_HAND, "test_host"))
 SANITIZED = [
@@ -49,7 +49,7 @@ SANITIZED = [
     Build(
         "asan",
         ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-        ("test_faults", "test_sim", *BY_HAND, "test_host"),
+        ("sim_run", "test_faults", "test_sim", *BY_HAND, "test_host"),
         ("overrun", "overflow"),
     ),
 ]
@@ -107,7 +107,7 @@ def program(build: Build) -> Path:
         assert result.returncode != 0, f"{build.name} does not catch {bug}"
         assert re.search("Sanitizer|runtime error", result.stderr), result.stderr
     sources = [path for path in sorted(CORE.glob("*.cpp")) if path.name != "bindings.cpp"]
-    sources += [TESTS / f"{name}.cpp" for name in [*HARNESS, *build.tests]]
+    sources += [TESTS / f"{name}.cpp" for name in [*HARNESS, *build.files]]
     return link(sources, build, "tests")
 
 
@@ -117,7 +117,7 @@ def run(build: Build, *names: str) -> None:
         [program(build), *names],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
         env={**os.environ, "TSAN_OPTIONS": "halt_on_error=1"},
     )
@@ -146,4 +146,4 @@ def test_every_fence_has_its_test() -> None:
 
 
 def test_every_test_file_is_built() -> None:
-    assert {path.stem for path in TESTS.glob("test_*.cpp")} == set(PLAIN.tests)
+    assert {path.stem for path in TESTS.glob("test_*.cpp")} <= set(PLAIN.files)

@@ -1,6 +1,12 @@
 // The fences of the protocol, by name. In a release build every one is on, at no cost. The test
 // build (FEPLB_FENCE_SWITCHES) can take one out, and a named test must then fail: a fence that no
 // test misses is a fence nobody knows to be there.
+//
+// Three of them matter only in special cases, which their tests make:
+//   kReleaseReturns, kReleaseGrads   where calls run on compute streams that nothing orders; on one
+//       stream an owner's rows leave after it has placed or added what came home before
+//   kDrainInputs   after a failure; before, an owner's wait for its returns tells it that its
+//       helpers have had all it sent, while a lifted wait tells it nothing
 #pragma once
 
 namespace feplb {

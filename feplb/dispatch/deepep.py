@@ -47,7 +47,7 @@ class DeepEPHandle:
         counts: [E_local] rows received per local expert.
         topk_weights: [T, k] as given to dispatch.
         recv_weights: [N, k] fp32, those of the received tokens, zero where the choice is another
-            rank's; carries the gradient back to topk_weights.
+            rank's; carries the gradient back to topk_weights, which must be zero there too.
         pair_of_row: [M] int64. Row i is choice j of token n, with n * k + j = pair_of_row[i].
         row_of_pair: [N, k] int64, the inverse; negative where the choice is another rank's.
         wire: DeepEP's own handle.
@@ -330,9 +330,7 @@ class _Dispatch(Function):
         (row_of_pair,) = ctx.saved_tensors
         grad_recv_x = _sum_choices(grad_rows, row_of_pair, None)
         # With the weights on every rank, wanted or not: the ranks must agree on what is sent.
-        grad_tokens, grad_topk = ctx.buffers.combine(
-            grad_recv_x, ctx.wire, grad_weights.masked_fill(row_of_pair < 0, 0)
-        )
+        grad_tokens, grad_topk = ctx.buffers.combine(grad_recv_x, ctx.wire, grad_weights)
         wanted = zip(ctx.needs_input_grad, (grad_tokens, grad_topk), strict=False)
         return (*(grad if needed else None for needed, grad in wanted), *[None] * 7)
 

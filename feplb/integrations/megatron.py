@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from feplb.balancer import Balancer, CallRecord
 from feplb.config import BalancerConfig
+
 from .megatron_checks import check_config, check_queues, check_version
 from .megatron_experts import FEPLBExperts, FEPLBGroupedExperts
 

@@ -127,7 +127,7 @@ class MegatronExpert(ExpertCompute):
     ) -> tuple[Tensor, ...]:
         """Compute the gradients of rows and probabilities.
 
-        The carry is, per segment: grad of h [n, G], activation [n, F], and with biases their gradients.
+        The carry is, per segment: grad of h [n, G], activation [n, F], and the biases' gradients.
         """
         h, carry = saved.tensors[0], []
         for span, packed, weight_idx in spans(segments):

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from torch import Tensor, nn
 
 from feplb.config import LayerSpec, TensorSpec
+
 from .megatron_checks import check_config
 from .megatron_compute import MegatronExpert, activation_of
 
@@ -173,14 +174,11 @@ class _Balanced:
         """Megatron's ``main_grad`` per tensor and expert, where its fusion is on."""
         if not (self.config.gradient_accumulation_fusion and torch.is_grad_enabled()):
             return None
-        tensors: list[list[Any]] = [
-            [weight for weight in experts if weight.requires_grad]
-            for experts in self.expert_tensors()
-        ]
-        trained = [weight for experts in tensors for weight in experts]
-        if not all(hasattr(weight, "main_grad") for weight in trained):
-            return None
-        for weight in trained:
+        tensors: list[list[Any]] = [list(experts) for experts in self.expert_tensors()]
+        weights = [weight for experts in tensors for weight in experts]
+        if not all(hasattr(weight, "main_grad") for weight in weights):
+            return None  # no DDP, or frozen ones among them: autograd hands the grads over
+        for weight in weights:
             weight.grad_added_to_main_grad = True  # DDP's hook then leaves main_grad as it is
         return [[weight.main_grad for weight in experts] for experts in tensors]
 

@@ -156,7 +156,7 @@ Violation Model::begin_copy(int rank, int place, State* state) const {
   const int index = self.queue[place] & kIndexMask;
   const Job& job = program(rank).jobs[index];
   if (self.num_executed <= job.source_op) return Violation::kSourceNotReady;
-  if (job.previous.rank != kNone) {
+  if (job.previous.rank != kNone && !state->ranks[job.dst].is_dead) {
     const int reader = protocol_.job(job.previous).last_reader_op;
     if (state->ranks[job.dst].num_executed <= reader) return Violation::kOverwritten;
   }

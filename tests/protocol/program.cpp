@@ -172,8 +172,11 @@ class RankBuilder {
 
   // The handshake before a device wait of (seq, level).
   void shake(int seq, int level) {
-    Instr& step = instr("shakes hands for " + at(seq, level));
-    if (!config_.has(Rule::kHandshake)) return;
+    if (!config_.has(Rule::kHandshake)) {
+      instr("does not shake hands for " + at(seq, level));
+      return;
+    }
+    Instr& step = instr("has shaken hands for " + at(seq, level));
     step.guard = Guard::kSubmitted;
     const int last_level = config_.has(Rule::kHandshakeIncluding) ? level : level - 1;
     step.submitted = jobs_until(seq, last_level);

@@ -7,6 +7,7 @@ gradient norms, and the bits of every parameter. Used inside ranks' processes (t
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -41,6 +42,7 @@ class Run:
     num_layers: int = 2
     settings: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, Any] = field(default_factory=dict)
+    is_grouped: bool = False  # experts in TEGroupedMLP, on a stand-in for TE's linear layer
     after_build: Callable[[list[nn.Module]], None] | None = None
     save_to: str | None = None
     load_from: str | None = None
@@ -56,8 +58,6 @@ class Outcome:
     moved: float = 0.0  # share of all rows
     before: float = 1.0  # mean of max/mean over calls
     after: float = 1.0
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    state_keys: list[str] = field(default_factory=list)
 
     def differences(self, other: Outcome) -> list[str]:
         """One sentence per thing that is not equal, bit by bit."""
@@ -93,7 +93,7 @@ def transformer_config(run: Run) -> Any:
         "pipeline_model_parallel_size": run.pp,
         "virtual_pipeline_model_parallel_size": run.vpp,
         "pipeline_dtype": torch.float32,
-        # Two stages of an interleaved pipeline are each other's next and previous: not in one batch.
+        # Two interleaved stages are each other's next and previous: not in one batch.
         "overlap_p2p_comm": run.vpp is not None,
         "batch_p2p_comm": run.vpp is None,
         "add_bias_linear": False,
@@ -139,6 +139,8 @@ def build(run: Run, config: Any) -> list[nn.Module]:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     spec = get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
+    if run.is_grouped:
+        spec.submodules.mlp.submodules.experts = grouped_experts()
     if run.policy is not None:
         from feplb.integrations.megatron import enable
 
@@ -160,6 +162,34 @@ def build(run: Run, config: Any) -> list[nn.Module]:
         draw_weights(model, chunk=stage)
         chunks.append(model)
     return chunks
+
+
+class GroupedLinear(nn.Module):
+    """Has the attributes of Transformer Engine's grouped linear layer: weight0, weight1, ..."""
+
+    def __init__(
+        self, num_gemms: int, width_in: int, width_out: int, *, config: Any, **_: Any
+    ) -> None:
+        super().__init__()
+        self.num_gemms = num_gemms
+        for i in range(num_gemms):
+            weight = nn.Parameter(torch.empty(width_out, width_in, dtype=config.params_dtype))
+            weight.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
+            self.register_parameter(f"weight{i}", weight)
+
+    def forward(self, rows: Tensor, splits: list[int]) -> tuple[Tensor, None]:
+        parts = torch.split(rows, splits)
+        outs = [p.matmul(getattr(self, f"weight{i}").t()) for i, p in enumerate(parts)]
+        return torch.cat(outs), None
+
+
+def grouped_experts() -> Any:
+    from megatron.core.transformer.mlp import MLPSubmodules
+    from megatron.core.transformer.moe.experts import TEGroupedMLP
+    from megatron.core.transformer.spec_utils import ModuleSpec
+
+    linears = MLPSubmodules(linear_fc1=GroupedLinear, linear_fc2=GroupedLinear)
+    return ModuleSpec(module=TEGroupedMLP, submodules=linears)
 
 
 def draw_weights(model: nn.Module, chunk: int) -> None:
@@ -192,41 +222,19 @@ class Trainer:
 
     def __init__(self, run: Run, config: Any, chunks: list[nn.Module]) -> None:
         from megatron.core import parallel_state
-        from megatron.core.distributed import (
-            DistributedDataParallel,
-            DistributedDataParallelConfig,
-            finalize_model_grads,
-        )
-        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-        from megatron.core.transformer.module import Float16Module
+        from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 
         self.run, self.config = run, config
         if run.after_build is not None:
             run.after_build(chunks)
         ddp_config = DistributedDataParallelConfig(**{"bucket_size": 3000, **run.ddp})
-        if config.bf16:
-            chunks = [Float16Module(config, chunk) for chunk in chunks]
-        self.models = [
-            DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=at > 0)
-            for at, chunk in enumerate(chunks)
-        ]
+        self._wrap(chunks, ddp_config)
         self.balancer: Any = None
         if run.policy is not None:
             from feplb.integrations.megatron import attach
 
             self.balancer = attach(self.models, num_tokens=NUM_TOKENS)
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=1e-2,
-                clip_grad=1.0,
-                bf16=config.bf16,
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=ddp_config.use_distributed_optimizer,
-                overlap_param_gather=ddp_config.overlap_param_gather,
-            ),
-            self.models,
-        )
+        self._set_optimizer(ddp_config)
         config.finalize_model_grads_func = finalize_model_grads
         config.grad_scale_func = self.optimizer.scale_loss
         self._set_overlap(ddp_config)
@@ -240,6 +248,33 @@ class Trainer:
         self.grad_norms: list[float] = []
         self.loads: list[tuple[float, float]] = []
         self.rows = [0, 0]  # all, moved
+
+    def _wrap(self, chunks: list[nn.Module], ddp_config: Any) -> None:
+        from megatron.core.distributed import DistributedDataParallel
+        from megatron.core.transformer.module import Float16Module
+
+        if self.config.bf16:
+            chunks = [Float16Module(self.config, chunk) for chunk in chunks]
+        self.models = [
+            DistributedDataParallel(self.config, ddp_config, chunk, disable_bucketing=at > 0)
+            for at, chunk in enumerate(chunks)
+        ]
+
+    def _set_optimizer(self, ddp_config: Any) -> None:
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=1e-2,
+                clip_grad=1.0,
+                bf16=self.config.bf16,
+                params_dtype=self.config.params_dtype,
+                use_distributed_optimizer=ddp_config.use_distributed_optimizer,
+                overlap_param_gather=ddp_config.overlap_param_gather,
+            ),
+            self.models,
+        )
 
     def _set_overlap(self, ddp_config: Any) -> None:
         """As Megatron's training loop does it."""
@@ -268,7 +303,7 @@ class Trainer:
         return outcome
 
     def parameters(self) -> dict[str, Tensor]:
-        if self.config.finalize_model_grads_func and self.run.ddp.get("overlap_param_gather"):
+        if self.run.ddp.get("overlap_param_gather"):  # else they are of the step before
             for model in self.models:
                 model.disable_forward_pre_hook()
         return {
@@ -320,7 +355,11 @@ class Trainer:
 
     def save(self, folder: str) -> None:
         from megatron.core import dist_checkpointing
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+        filesystem_async._process_memory = lambda: 0  # else it asks for psutil, for its log
+        # Megatron writes from processes of its own, which a daemon (a rank here) may not start.
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
         dist_checkpointing.save(self.sharded_state(), folder)
 
     def load(self, folder: str) -> None:

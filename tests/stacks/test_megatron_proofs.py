@@ -1,4 +1,4 @@
-"""That the comparison of test_megatron_bits can fail, checkpoints, metrics, and when things happen."""
+"""That the comparison of test_megatron_bits can fail; checkpoints, metrics, order of calls."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ from typing import Any
 
 import pytest
 import torch
-from megatron_runs import NUM_TOKENS, Outcome, Run, Trainer, build, megatron, train, transformer_config
+from megatron_runs import (
+    NUM_TOKENS,
+    Outcome,
+    Run,
+    Trainer,
+    build,
+    megatron,
+    train,
+    transformer_config,
+)
 from ranks import run_ranks
 from test_megatron_bits import CASES, RECOMPUTE, _prepare_flex
 
@@ -67,7 +76,7 @@ def test_comparison_fails_with(name: str) -> None:
 
 
 def saved_and_loaded(rank: int, num_ranks: int, folder: str) -> list[Outcome]:
-    """Two steps with and without feplb, saved; then each loaded by the other, and two steps more."""
+    """Two steps with and without feplb, saved; each loaded by the other, and two steps more."""
     outcomes = []
     for name, policy in (("with", "greedy"), ("without", None)):
         outcomes.append(train(Run(policy=policy, steps=2, save_to=f"{folder}/{name}")))
