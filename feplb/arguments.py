@@ -93,3 +93,20 @@ def check_weights(layout: WeightLayout, flat: Sequence[Tensor], spec: LayerSpec)
     for t, needs in enumerate(layout.per_tensor([weight.requires_grad for weight in flat])):
         if not isinstance(needs, bool) and any(needs) and not all(needs):
             raise ValueError(f"weights[{t}]: experts {needs} need grad; freeze all or none")
+
+
+def check_sinks(sinks: Sequence[Sequence[Tensor]] | None, spec: LayerSpec) -> None:
+    """grad_sinks[tensor][expert] against the spec; their dtype is the user's."""
+    if sinks is None:
+        return
+    if len(sinks) != len(spec.weights):
+        raise ValueError(f"{len(sinks)} grad_sinks, expected {len(spec.weights)}")
+    for t, (sink, want) in enumerate(zip(sinks, spec.weights, strict=True)):
+        if len(sink) != spec.num_local_experts:
+            raise ValueError(
+                f"grad_sinks[{t}] has {len(sink)} experts, expected {spec.num_local_experts}"
+            )
+        if tuple(sink[0].shape) != want.shape:
+            raise ValueError(
+                f"grad_sinks[{t}] of an expert is {tuple(sink[0].shape)}, expected {want.shape}"
+            )

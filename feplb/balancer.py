@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import late_grads, two_phase
 from .arena_views import ArenaViews
-from .arguments import check_rows, check_weights, checked_counts
+from .arguments import check_rows, check_sinks, check_weights, checked_counts
 from .call import (
     KIND_BACKWARD,
     KIND_CHECK,
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# What a wrong argument may raise while it is looked at; told to the user as ValueError.
+_WRONG_ARGUMENT = (ValueError, TypeError, AttributeError, IndexError)
 _CPU_GFLOPS_PER_THREAD = 50.0
 _LEAST_GBPS = 0.1  # a canary of a few bytes measures latency, not rate
 
@@ -222,7 +224,6 @@ class Balancer:
         Thread/stream: never blocks (but after an error, until the peers have seen it).
         """
         with self.one_caller("begin"):
-            self._spec(layer)
             if self._ticket is not None:
                 raise RuntimeError(
                     f"begin of layer {layer} (rank {self.rank}): the call begun for layer "
@@ -230,8 +231,8 @@ class Balancer:
                 )
             micro_batch = self._next_micro_batch(layer)
             try:
-                checked = checked_counts(counts, self.layers[layer].num_local_experts)
-            except ValueError as error:
+                checked = checked_counts(counts, self._spec(layer).num_local_experts)
+            except _WRONG_ARGUMENT as error:
                 self._refuse(layer, micro_batch, error)
             grad_mode = torch.is_grad_enabled()
             self._begin(KIND_FORWARD, layer, micro_batch, int(grad_mode), checked)
@@ -273,17 +274,18 @@ class Balancer:
         Thread/stream: one call at a time; blocks, GIL released, until its deadline.
         """
         with self.one_caller("run_experts"):
-            spec = self._spec(layer)
             begun = self._take_ticket(ticket, layer)
             micro_batch = begun.micro_batch if begun else self._next_micro_batch(layer)
             try:
+                spec = self._spec(layer)
                 layout, flat = flatten_weights(weights, spec.num_local_experts)
                 check_weights(layout, flat, spec)
+                check_sinks(grad_sinks, spec)
                 call = self._forward_call(
                     rows, counts, layout, flat, compute, spec, layer, micro_batch, row_data, begun,
                     grad_sinks,
                 )  # fmt: skip
-            except ValueError as error:
+            except _WRONG_ARGUMENT as error:
                 if begun is None:
                     self._refuse(layer, micro_batch, error)
                 self.core.fail(f"layer {layer}, micro-batch {micro_batch}: {error}")
@@ -354,6 +356,8 @@ class Balancer:
         return self.layers[layer]
 
     def _next_micro_batch(self, layer: int) -> int:
+        if not 0 <= layer < len(self.layers):
+            return 0  # the call will be refused
         self._micro_batches[layer] += 1
         return self._micro_batches[layer] - 1
 
@@ -442,7 +446,7 @@ class Balancer:
             kind, layer, micro_batch, grad_bits, counts, error, moves, plan_hash, 0
         )
 
-    def _refuse(self, layer: int, micro_batch: int, error: ValueError) -> NoReturn:
+    def _refuse(self, layer: int, micro_batch: int, error: Exception) -> NoReturn:
         """Publish this rank's error, so that no peer waits for it, and raise it."""
         text = f"{error} (rank {self.rank}, layer {layer}, micro-batch {micro_batch})"
         self._begin(KIND_FORWARD, layer, micro_batch, 0, [], error=text)

@@ -89,6 +89,8 @@ def flatten_weights(
     weights: Sequence[Tensor | Sequence[Tensor]], num_local_experts: int
 ) -> tuple[WeightLayout, tuple[Tensor, ...]]:
     """``weights``, per tensor stacked [E, *S] or E tensors [*S], as (layout, flat tensors)."""
+    if not isinstance(weights, Sequence):
+        raise ValueError(f"weights are {type(weights).__name__}, expected one entry per tensor")
     flat: list[Tensor] = []
     stacked: list[bool] = []
     for entry in weights:

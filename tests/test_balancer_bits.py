@@ -14,12 +14,12 @@ from balancer_cases import (
     MIXED,
     NUM_RANKS,
     PLAIN,
-    TWO_LAYERS,
     Arm,
     Bits,
     Case,
     Outcomes,
     flat,
+    layer_spec,
     loss_of,
     uneven_counts,
 )
@@ -85,15 +85,20 @@ def keep_in_flight(arm: Arm, newest_first: bool) -> Bits:
 
 
 def prepare_at_the_start(arm: Arm) -> Bits:
-    """All layers' weights are prepared before the first layer runs: late grads wait longest."""
+    """All layers' weights are prepared before the first layer runs: late grads wait longest.
+
+    In this step ranks 0 and 1 help each other, so neither may wait for the other's late grads.
+    """
+    step = 1
     weights = [arm.weights(layer) for layer in range(2)]
     prepared: Any = weights
     if arm.balancer is not None:
         prepared = [arm.balancer.prepare_weights(weights[i], layer=i) for i in range(2)]
-    rows, _ = arm.rows()
+    rows, _ = arm.rows(step=step)
     hidden = rows
     for layer in range(2):
-        hidden = hidden + arm.run(hidden, prepared[layer], layer=layer, prepared=False)
+        more = arm.run(hidden, prepared[layer], layer=layer, step=step, prepared=False)
+        hidden = hidden + more
     loss_of(hidden).backward()
     arm.check()
     leaves = {f"weight {i}": w for i, w in enumerate(flat(weights[0]) + flat(weights[1]))}
@@ -154,7 +159,7 @@ CASES = {
     "accumulate": Case(accumulate),
     "oldest first": Case(functools.partial(keep_in_flight, newest_first=False)),
     "newest first": Case(functools.partial(keep_in_flight, newest_first=True)),
-    "prepared at the start": Case(prepare_at_the_start, TWO_LAYERS),
+    "prepared at the start": Case(prepare_at_the_start, (layer_spec(3),) * 2),
     "copied NaN": Case(move_nan, PLAIN, expected=return_nan_rows, expected_policy="local"),
     "computed NaN": Case(compute_nan),
 }

@@ -4,7 +4,8 @@
 //
 //   field   written by   memory order
 //   rings   ringers      seq_cst add; the sleeper compares it with what it saw before its last poll
-//   wanted  the sleeper  seq_cst; the reasons it wants to be woken for, 0 while it is awake (or more
+//   wanted  the sleeper  seq_cst; the reasons it wants to be woken for, 0 while it is awake (or
+//   more
 //                        than it asked for, see expect())
 // seq_cst because ringer and sleeper each write one word and read the other: with less, both could
 // miss (the ringer sees nobody asleep, the sleeper sees no ring).
@@ -32,8 +33,8 @@ class Bell {
     if ((wanted_.load() & reason) != 0) futex_wake(&rings_);
   }
 
-  // Makes a sleeper wake for `reason` from now on, without waking it. The add comes first: a sleeper
-  // that overwrites the reason afterwards sees it and does not sleep.
+  // Makes a sleeper wake for `reason` from now on, without waking it. The add comes first: a
+  // sleeper that overwrites the reason afterwards sees it and does not sleep.
   void expect(uint32_t reason) {
     rings_.fetch_add(1);
     wanted_.fetch_or(reason);

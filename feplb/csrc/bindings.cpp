@@ -292,9 +292,9 @@ void bind_domain(py::module_& module) {
       .def("prove_lane", &Domain::prove_lane, py::arg("bytes"), ReleaseGil())
       .def("close", &Domain::close, ReleaseGil())
       .def("closed", &Domain::closed)
-      .def("begin", &begin_call, py::arg("kind"), py::arg("layer"),
-           py::arg("micro_batch"), py::arg("grad_bits"), py::arg("counts"), py::arg("error"),
-           py::arg("moves"), py::arg("plan_hash"), py::arg("stream"))
+      .def("begin", &begin_call, py::arg("kind"), py::arg("layer"), py::arg("micro_batch"),
+           py::arg("grad_bits"), py::arg("counts"), py::arg("error"), py::arg("moves"),
+           py::arg("plan_hash"), py::arg("stream"))
       .def("wait_plan", &wait_plan)
       .def("post_rows", &post_rows, py::arg("rows"), py::arg("weights"), py::arg("first_row"))
       .def("await_rows", &Domain::await_rows, ReleaseGil())

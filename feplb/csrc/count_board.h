@@ -3,9 +3,10 @@
 // inbound flags (written by the sender's stream) and the abort record (first writer wins).
 //
 //   word                     written by                     read by              order
-//   header.seq               its rank, after the header     every mover          seq_cst, see mover.cpp
-//   inbound flag [src][kind] src's copy stream, after data  its rank's stream    release / acquire
-//   released [region][half]  its rank's compute stream,     pushers' movers      release / acquire
+//   header.seq               its rank, after the header     every mover          seq_cst, see
+//   mover.cpp inbound flag [src][kind] src's copy stream, after data  its rank's stream    release
+//   / acquire released [region][half]  its rank's compute stream,     pushers' movers      release
+//   / acquire
 //                            after the last reader
 //   bell                     ringers                        its rank's mover     see bell.h
 //   state                    its rank                       peers' waits         release / acquire

@@ -11,6 +11,8 @@
 namespace feplb {
 namespace {
 
+constexpr uint64_t kLastSeq = (uint64_t{1} << 31) - 1;
+
 int max_local_experts(const std::vector<LayerShape>& layers) {
   int most = 0;
   for (const LayerShape& shape : layers) most = std::max(most, shape.num_local_experts);
@@ -152,6 +154,8 @@ uint64_t Domain::begin(CallHeader header, std::vector<Move> saved_moves,
   check_usable("publishing the counts");
   FEPLB_CHECK(!in_call_, "the ", call_kind_name(call_.kind), " of layer ", call_.layer,
               " has not ended");
+  // A flag that no push has touched since the start compares as reached from here on.
+  FEPLB_CHECK(seq_ < kLastSeq, "this Balancer has made 2^31 - 1 calls; build a new one");
   device_->bind_compute(compute_stream);
   header.seq = seq_ + 1;
   header.config_hash = config_.config_hash;

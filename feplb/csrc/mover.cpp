@@ -92,8 +92,9 @@ void Mover::begin(CallHeader header, std::vector<Move> saved_moves) {
     submitted_level_.store(0, std::memory_order_relaxed);
     live_ = true;
   }
-  // The own mover may be asleep since the last call, when it wanted no headers. It need not wake for
-  // this one: a peer that publishes later rings it, and if none will, the caller plans (plan_now).
+  // The own mover may be asleep since the last call, when it wanted no headers. It need not wake
+  // for this one: a peer that publishes later rings it, and if none will, the caller plans
+  // (plan_now).
   board_.bell(rank_).expect(kHeaderRing);
   board_.publish(rank_, header_);
 }
