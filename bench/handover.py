@@ -63,7 +63,7 @@ def run_rank(rank: int, job: Job) -> None:
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
     folder = Path(job.folder)
-    store = dist.FileStore(str(folder / "store"), NUM_RANKS)
+    store = dist.FileStore(str(folder / "store"), NUM_RANKS)  # type: ignore[attr-defined]
     dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
     local = NUM_EXPERTS // NUM_RANKS
     spec = LayerSpec(

@@ -230,8 +230,20 @@ def resources_in_use() -> dict[str, Any]:
         "open files": len(os.listdir("/proc/self/fd")),
         "threads": sorted(name for name in names if name.startswith("feplb")),
         "mappings": sorted(line.split()[-1] for line in maps if "/dev/shm/feplb-" in line),
-        "in /dev/shm": sorted(str(path) for path in Path("/dev/shm").glob("feplb*")),
+        "in /dev/shm": sorted(path.name for path in Path("/dev/shm").glob("feplb-*") if ours(path)),
     }
+
+
+def ours(segment: Path) -> bool:
+    """Was it made by ranks of this spawn? (Other tests may run on this machine.)
+
+    The last but one part of its name is the pid of rank 0; all ranks have the same parent.
+    """
+    try:
+        stat = Path(f"/proc/{segment.name.split('-')[-2]}/stat").read_text()
+    except OSError:
+        return False
+    return int(stat.rsplit(")", 1)[1].split()[1]) == os.getppid()
 
 
 # ----------------------------------------------------------------------------------- comparing

@@ -19,6 +19,7 @@ from balancer_cases import (
     Case,
     Outcomes,
     flat,
+    grads,
     layer_spec,
     loss_of,
     uneven_counts,
@@ -69,7 +70,7 @@ def accumulate(arm: Arm) -> Bits:
     for step in range(3):
         loss_of(arm.run(arm.rows(step=step)[0], weights, step=step)).backward()
     arm.check()
-    return {f"grad of weight {i}": w.grad for i, w in enumerate(flat(weights))}
+    return grads(weights=weights)
 
 
 def keep_in_flight(arm: Arm, newest_first: bool) -> Bits:
@@ -80,8 +81,7 @@ def keep_in_flight(arm: Arm, newest_first: bool) -> Bits:
     for loss in reversed(losses) if newest_first else losses:
         loss.backward()
     arm.check()
-    bits = {f"grad of weight {i}": w.grad for i, w in enumerate(flat(weights))}
-    return bits | {f"grad of rows {i}": x.grad for i, x in enumerate(rows)}
+    return grads(weights=weights, rows=rows)
 
 
 def prepare_at_the_start(arm: Arm) -> Bits:

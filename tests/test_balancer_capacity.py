@@ -92,7 +92,7 @@ def run_nothing(arm: Arm) -> Bits:
     return bits | grads(weights=weights)
 
 
-def limited(specs: Any = PLAIN, config: dict[str, Any] | None = None, **limits: int) -> Case:
+def limited(specs: Any = PLAIN, config: dict[str, Any] | None = None, **limits: Any) -> Case:
     return Case(
         functools.partial(train, **limits), specs, expected_policy="local", config=config or {}
     )

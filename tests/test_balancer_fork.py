@@ -185,7 +185,7 @@ def run(rows):
     return balancer.run_experts(rows, [1, 2], weights, SwiGLU(), layer=0)
 
 loader = torch.utils.data.DataLoader(
-    Rows(), batch_size=None, num_workers=2, multiprocessing_context="fork"
+    Rows(), batch_size=None, num_workers=1, multiprocessing_context="fork"
 )
 for rows in loader:
     run(rows)

@@ -115,7 +115,8 @@ def test_import_starts_no_thread_and_touches_no_gpu() -> None:
     code = (
         "import threading, sys, os; import feplb; "
         "assert threading.active_count() == 1; "
-        "names = [open(f'/proc/self/task/{t}/comm').read() for t in os.listdir('/proc/self/task')]; "
+        "tasks = '/proc/self/task'; "
+        "names = [open(f'{tasks}/{t}/comm').read() for t in os.listdir(tasks)]; "
         "assert not any(n.startswith('feplb') for n in names), names; "
         "import torch; assert not torch.cuda.is_initialized(); "
         "assert 'torch._dynamo' not in sys.modules"

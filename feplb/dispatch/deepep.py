@@ -209,9 +209,8 @@ class DeepEPDispatcher:
                 "topk_weights are not the tensor that dispatch was given, expected that one: "
                 "DeepEP has sent it with the tokens."
             )
-        anchor = rows.new_empty(0).requires_grad_(torch.is_grad_enabled())
         tokens: Tensor = _Combine.apply(
-            rows, handle.recv_weights, anchor,
+            rows, handle.recv_weights,  # which need a gradient on every rank, as the rows did
             handle.pair_of_row, handle.row_of_pair, self._buffers, handle.wire,
         )  # fmt: skip
         return tokens
@@ -340,7 +339,7 @@ class _Combine(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, recv_weights: Tensor, anchor: Tensor,
+        ctx: Any, rows: Tensor, recv_weights: Tensor,
         pair_of_row: Tensor, row_of_pair: Tensor, buffers: Buffers, wire: Any,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(rows, recv_weights, pair_of_row, row_of_pair)
@@ -363,7 +362,7 @@ class _Combine(Function):
             weight_of_row = weights.reshape(-1).index_select(0, pair_of_row)[:, None]
             grad_rows = torch.empty_like(rows)
             torch.mul(grad_of_row, weight_of_row, out=grad_rows)
-        return grad_rows, grad_weights, None, None, None, None, None
+        return grad_rows, grad_weights, None, None, None, None
 
 
 def _token_of_row(pair_of_row: Tensor, row_of_pair: Tensor) -> Tensor:

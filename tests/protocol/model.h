@@ -52,7 +52,7 @@ struct RankState {
   bool has_lifted = false;    // the watchdog has lifted flags at least once
   bool has_stopped = false;   // Rule::kLiftUntilCallEnds taken out: it lifts no more
   bool is_tainted = false;    // the compute stream has read what had not arrived
-  uint16_t lifted_flags = 0;   // inbound flags that read epoch + 2^30
+  uint16_t lifted_flags = 0;  // inbound flags that read epoch + 2^30
   uint32_t submitted = 0;     // own jobs the driver has accepted
   uint32_t begun = 0;         // own jobs whose copy has begun
   uint32_t ended = 0;         // own jobs whose copy has ended and whose flag is written

@@ -39,12 +39,12 @@ struct Config {
   int layers = 2;
   Shape shape = Shape::kRing;
   bool backward_only = false;  // the forward calls are over and everything they did is drained
-  bool single_queue = false;  // all streams of a rank share one hardware queue
-  bool blocking = false;      // a driver call of Python may hold the lock until the device drains
-  bool death = false;         // one rank may die, at any moment
-  bool deadline = false;      // or the deadline of one rank's watchdog may expire, at any moment
-  bool collective = false;    // the EP backend's combine follows every call on the compute stream
-  bool plain = false;         // without the reductions of model.h
+  bool single_queue = false;   // all streams of a rank share one hardware queue
+  bool blocking = false;       // a driver call of Python may hold the lock until the device drains
+  bool death = false;          // one rank may die, at any moment
+  bool deadline = false;       // or the deadline of one rank's watchdog may expire, at any moment
+  bool collective = false;     // the EP backend's combine follows every call on the compute stream
+  bool plain = false;          // without the reductions of model.h
   Rule without = Rule::kNone;
 
   bool has(Rule rule) const { return without != rule; }
