@@ -216,6 +216,7 @@ def refusals_of_a_combine(kit: Kit) -> list[str]:
     return [
         refusal_of(lambda: dispatcher.combine(rows, weights.clone(), handle)),
         refusal_of(lambda: dispatcher.combine(torch.cat([rows, tokens]), weights, handle)),
+        refusal_of(lambda: dispatcher.combine(rows.double(), weights, handle)),
     ]
 
 
@@ -340,9 +341,10 @@ def test_what_deepep_cannot_take_is_refused_with_a_sentence(runs: Runs) -> None:
 
 
 def test_a_combine_takes_the_weights_and_rows_of_its_dispatch(runs: Runs) -> None:
-    for weights, rows in runs.of(refusals_of_a_combine):
+    for weights, rows, dtype in runs.of(refusals_of_a_combine):
         assert "topk_weights are not the tensor that dispatch was given" in weights
         assert "hidden] as dispatched" in rows
+        assert "rows are torch.float64, expected torch.bfloat16" in dtype
 
 
 def test_choices_are_looked_at_unless_they_are_known_to_be_good(runs: Runs) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,9 +173,23 @@ def refused_layers(kit: Kit) -> dict[str, str]:
     }
 
 
+def lines_of_the_docs(kit: Kit) -> list[tuple[int, int]]:
+    """Run the code blocks of docs/deepep.md; the shapes of what they call `y`."""
+    if kit.arm.is_real:
+        return []  # the host lane balances CPU tensors
+    shapes = []
+    text = (Path(__file__).resolve().parent.parent / "docs" / "deepep.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        names: dict[str, Any] = {"x": inputs_of(kit, torch.bfloat16).detach()}
+        exec(block, names)
+        shapes.append(tuple(names["y"].shape))
+    return shapes
+
+
 PROGRAMS = named(
-    against_all_to_all, repeats_and_recomputes, order_of_events, greedy_against_none, refused_layers
-)
+    against_all_to_all, repeats_and_recomputes, order_of_events, greedy_against_none,
+    refused_layers, lines_of_the_docs,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=make_arms())
@@ -223,6 +239,15 @@ def test_a_layer_that_deepep_cannot_carry_is_refused_at_construction(runs: Runs)
         assert "tokens are torch.float64, expected torch.bfloat16" in seen["fp64"]
         assert "dispatcher is 'deep_ep', expected all_to_all or deepep." in seen["unknown"]
         assert "over another EP group than `group`" in seen["group"]
+
+
+def test_the_lines_of_the_docs_run(runs: Runs) -> None:
+    if runs.arm.is_real:
+        pytest.skip("the host lane balances CPU tensors")
+    for shapes in runs.of(lines_of_the_docs):
+        assert len(shapes) == 2
+        assert shapes[0] == shapes[1]
+        assert shapes[0] in [(12, HIDDEN), (0, HIDDEN)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

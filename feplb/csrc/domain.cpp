@@ -76,6 +76,7 @@ void Domain::close() noexcept {
   watchdog_.stop();
   mover_thread_.join();
   watchdog_thread_.join();
+  watchdog_.close_fds();
   device_->stop();
   memory_.owner.reset();  // views that are still alive keep the mapping, nothing else does
 }

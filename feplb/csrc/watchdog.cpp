@@ -114,4 +114,9 @@ void Watchdog::stop() noexcept {
   static_cast<void>(!write(wake_.get(), &one, sizeof(one)));
 }
 
+void Watchdog::close_fds() noexcept {
+  peers_.clear();
+  wake_.reset();
+}
+
 }  // namespace feplb

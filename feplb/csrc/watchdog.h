@@ -30,6 +30,7 @@ class Watchdog {
   void peer_died(int rank);  // unless that rank had closed its Balancer before
   void run() noexcept;       // the thread's body
   void stop() noexcept;
+  void close_fds() noexcept;  // once the thread has ended
 
  private:
   struct Peer {

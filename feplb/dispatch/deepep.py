@@ -116,13 +116,7 @@ class DeepEPDispatcher:
             )
         if top_k > _MAX_TOP_K:
             raise ValueError(f"top_k is {top_k}, expected {_MAX_TOP_K} at most for DeepEP.")
-        dtypes = self._buffers.dtypes
-        if dtypes and dtype not in dtypes:
-            names = " or ".join(str(known) for known in dtypes)
-            raise ValueError(
-                f"tokens are {dtype}, expected {names}: DeepEP's combine adds nothing else. Use "
-                'that dtype for the layer, or dispatcher="all_to_all".'
-            )
+        self._check_dtype("tokens", dtype)
         if hidden * dtype.itemsize % _ROW_BYTES:
             raise ValueError(
                 f"a token of hidden={hidden} {dtype} has {hidden * dtype.itemsize} bytes, expected "
@@ -204,6 +198,7 @@ class DeepEPDispatcher:
         if rows.dim() != 2 or rows.shape[0] != sum(handle.counts):
             expected = f"[{sum(handle.counts)}, hidden]"
             raise ValueError(f"rows are {list(rows.shape)}, expected {expected} as dispatched.")
+        self._check_dtype("rows", rows.dtype)
         if topk_weights is not handle.topk_weights:
             raise ValueError(
                 "topk_weights are not the tensor that dispatch was given, expected that one: "
@@ -214,6 +209,15 @@ class DeepEPDispatcher:
             handle.pair_of_row, handle.row_of_pair, self._buffers, handle.wire,
         )  # fmt: skip
         return tokens
+
+    def _check_dtype(self, what: str, dtype: torch.dtype) -> None:
+        dtypes = self._buffers.dtypes
+        if dtypes and dtype not in dtypes:
+            names = " or ".join(str(known) for known in dtypes)
+            raise ValueError(
+                f"{what} are {dtype}, expected {names}: DeepEP's combine adds nothing else. Use "
+                'that dtype for the layer, or dispatcher="all_to_all".'
+            )
 
     def _check(
         self, tokens: Tensor, topk_idx: Tensor, topk_weights: Tensor, num_experts: int
