@@ -34,7 +34,7 @@ from .call import (
     flatten_weights,
 )
 from .compute import ExpertCompute
-from .config import BalancerConfig, LayerSpec, read_environment
+from .config import BalancerConfig, Environment, LayerSpec, read_environment
 from .connect import Peers, Reservation, connect, identity
 from .late_grads import LateGrads, LateNode
 from .memory import MemoryReport, memory_report
@@ -73,6 +73,21 @@ class CallRecord:
     counts: np.ndarray
     moves: np.ndarray
     plan_us: float
+
+
+def _ticket_error(layer: int, ticket: Ticket | None, begun: Ticket | None) -> str:
+    given = "no ticket" if ticket is None else f"a ticket of layer {ticket.layer}"
+    call = "no call" if begun is None else f"layer {begun.layer}"
+    return (
+        f"run_experts of layer {layer} was given {given}, but the call begun is of {call}; hand "
+        "each ticket to the next run_experts, once"
+    )
+
+
+def _read_and_check(layers: Sequence[LayerSpec]) -> Environment:
+    if not layers:
+        raise ValueError("Balancer: layers is empty, expected one LayerSpec per MoE layer")
+    return read_environment()
 
 
 class _OneCaller:
@@ -121,9 +136,8 @@ class Balancer:
         group: dist.ProcessGroup | None = None,
         layers: Sequence[LayerSpec] = (),
     ) -> None:
-        if not layers:
-            raise ValueError("Balancer: layers is empty, expected one LayerSpec per MoE layer")
-        environment = read_environment()
+        peers = Peers(group)
+        environment = peers.together(lambda: _read_and_check(layers))[peers.rank]
         if environment.log_level is not None:
             logging.getLogger("feplb").setLevel(environment.log_level.upper())
         self.config = config
@@ -137,7 +151,6 @@ class Balancer:
         self._late: list[LateNode] = []
         self._records: dict[int, CallRecord] = {}
         self._seq = 0
-        peers = Peers(group)
         self.rank, self.num_ranks = peers.rank, peers.num_ranks
         reservation = self._reserve()
         self.memory = reservation.memory
@@ -277,6 +290,8 @@ class Balancer:
             begun = self._take_ticket(ticket, layer)
             micro_batch = begun.micro_batch if begun else self._next_micro_batch(layer)
             try:
+                if begun is not ticket:
+                    raise ValueError(_ticket_error(layer, ticket, None))
                 spec = self._spec(layer)
                 layout, flat = flatten_weights(weights, spec.num_local_experts)
                 check_weights(layout, flat, spec)
@@ -317,7 +332,15 @@ class Balancer:
         """
         if self._closed:
             return
+        if not self._caller.acquire(blocking=False):
+            self.core.fail(f"rank {self.rank} closed its Balancer during a call of another thread")
+            if not self._caller.acquire(timeout=self.config.deadline_s):
+                raise RuntimeError(
+                    f"close (rank {self.rank}): another thread is inside a call and has not left "
+                    f"it for {self.config.deadline_s} s. Nothing was given back."
+                )
         self._closed = True
+        self._caller.release()
         if not self.core.failure_text():
             with contextlib.suppress(RuntimeError):
                 self.take_unconsumed()
@@ -362,20 +385,13 @@ class Balancer:
         return self._micro_batches[layer] - 1
 
     def _take_ticket(self, ticket: Ticket | None, layer: int) -> Ticket | None:
-        outstanding, self._ticket = self._ticket, None
-        if ticket is None and outstanding is None:
-            return None
-        if ticket is not outstanding or ticket is None or ticket.layer != layer:
-            begun = "no call" if outstanding is None else f"layer {outstanding.layer}"
-            given = "no ticket" if ticket is None else f"a ticket of layer {ticket.layer}"
-            text = (
-                f"run_experts of layer {layer} (rank {self.rank}) was given {given}, but the call "
-                f"begun is of {begun}. Hand each ticket to the next run_experts, once."
-            )
-            if outstanding is not None:
-                self.core.fail(text)
+        """The ticket of the call that was begun, if any; a wrong one ends it on all ranks."""
+        begun, self._ticket = self._ticket, None
+        if begun is not None and (ticket is not begun or begun.layer != layer):
+            text = f"rank {self.rank}: {_ticket_error(layer, ticket, begun)}"
+            self.core.fail(text)
             raise RuntimeError(text)
-        return ticket
+        return begun
 
     def _forward_call(
         self, rows: Tensor, counts: Sequence[int] | Tensor,

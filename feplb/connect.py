@@ -65,7 +65,11 @@ class Peers:
             error = caught
         answers = self.gather((None if error is None else str(error), value))
         if error is not None:
-            raise error
+            # Without the frames that failed, and in no cycle: they hold mappings and files.
+            try:
+                raise error.with_traceback(None)
+            finally:
+                del error
         for rank, (text, _) in enumerate(answers):
             if text is not None:
                 raise RuntimeError(f"rank {rank} could not build its Balancer: {text}")
@@ -145,9 +149,13 @@ def connect(
     try:
         peers.together(create)
         peers.together(lambda: domains.append(build()))
+    except BaseException:
+        domains.clear()  # the traceback keeps this frame, and must not keep mappings
+        raise
     finally:
         for memory in created.values():
             memory.unlink()
+        created.clear()  # the Domain keeps what it needs
     canary = min(_CANARY_BYTES, arena_bytes // peers.num_ranks // 64 * 64)
     rates = peers.together(lambda: float(domains[0].prove_lane(canary)))
     domains[0].open()

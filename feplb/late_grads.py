@@ -69,6 +69,7 @@ class LateGrads:
 class LateNode:
     """The link between one ``prepare_weights`` and the ``run_experts`` that uses its outputs."""
 
+    num_tensors: int
     used: bool = False
     pending: LateGrads | None = None
 
@@ -107,7 +108,7 @@ class _PrepareWeights(Function):
 
 def prepare_weights(balancer: Balancer, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Identity on ``weights``, marked so that ``run_experts`` finds its late node."""
-    late = LateNode()
+    late = LateNode(num_tensors=len(weights))
     prepared: tuple[Tensor, ...] = _PrepareWeights.apply(balancer, late, *weights)
     if any(weight.requires_grad for weight in prepared):
         for weight in prepared:
@@ -118,7 +119,9 @@ def prepare_weights(balancer: Balancer, weights: Sequence[Tensor]) -> tuple[Tens
 def late_node_of(weights: Sequence[Tensor]) -> LateNode | None:
     """The late node these weights were prepared with, if no other call uses it."""
     late: LateNode | None = getattr(weights[0], "_feplb_late", None)
-    if late is None or late.used:
+    if late is None or late.used or late.num_tensors != len(weights):
         return None
+    if any(getattr(weight, "_feplb_late", None) is not late for weight in weights):
+        return None  # prepared apart, or only some of them: wait for the grads in the layer
     late.used = True
     return late

@@ -32,7 +32,8 @@ def forward(arm: Arm, *, layer: int = 0, **kwargs: Any) -> Tensor:
 def run_expected_by(arm: Arm, ticket: Any, **changes: Any) -> Tensor:
     """run_experts of layer 0 with a ticket."""
     rows, _ = arm.rows()
-    args = {"rows": rows, "counts": arm.counts(), "weights": arm.weights(), "layer": 0} | changes
+    args: dict[str, Any] = {"rows": rows, "counts": arm.counts(), "weights": arm.weights()}
+    args |= {"layer": 0, **changes}
     return arm.door.run_experts(**args, compute=SwiGLU(), ticket=ticket)
 
 

@@ -32,7 +32,8 @@ def test_quick_run_writes_the_rows_it_prints(tmp_path: Path) -> None:
     assert {(8, 128, 4), (8, 128, 16)} <= sizes
     for row in content["rows"]:
         assert 0 < row["us_p50"] <= row["us_p99"]
-        assert row["straggler_after"] < row["straggler_before"]
+        if row["straggler_before"] is not None:  # the hand-over row plans nothing of its own
+            assert row["straggler_after"] < row["straggler_before"]
 
 
 def test_statistics_by_hand() -> None:

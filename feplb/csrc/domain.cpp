@@ -83,13 +83,17 @@ void Domain::close() noexcept {
 
 bool Domain::forked() const { return getpid() != pid_; }
 
-void Domain::check_usable(const char* phase) {
+void Domain::refuse_fork(const char* phase) const {
   if (forked()) {
     throw Error(cat("feplb was called in a process forked after its Balancer was built (", phase,
                     ", rank ", config_.rank, ", pid ", getpid(), ", built in pid ", pid_,
                     "). Nothing was sent. Build a Balancer in this process, or call it only in the "
                     "one that built it."));
   }
+}
+
+void Domain::check_usable(const char* phase) {
+  refuse_fork(phase);
   if (closed_) {
     throw Error(cat("the Balancer is closed (", phase, ", rank ", config_.rank,
                     "). Nothing was sent. Build a new one."));
@@ -310,6 +314,7 @@ void Domain::release_grads(uint64_t seq) {
 }
 
 void Domain::fail(const std::string& text) {
+  refuse_fork("giving up a call");
   if (closed_) return;
   failure_.poison(text);
   let_go_of_inputs();

@@ -101,6 +101,7 @@ class Domain {
   Mover& mover() { return mover_; }
 
  private:
+  void refuse_fork(const char* phase) const;
   void check_usable(const char* phase);
   WaitLimits limits() const;
   CallGeometry geometry() const;

@@ -33,6 +33,9 @@ std::string describe_grad_bits(uint32_t bits) {
   std::string text = (bits & kGradMode) != 0 ? "grad mode on" : "grad mode off";
   if ((bits & kNeedsKnown) == 0) return text;
   text += (bits & kNeedsRows) != 0 ? ", rows need grad" : ", rows need no grad";
+  for (int i = 0; i < 8; ++i) {
+    if ((bits & (kNeedsSideFirst << i)) != 0) text += cat(", row_data ", i, " needs grad");
+  }
   for (int t = 0; t < 20; ++t) {
     if ((bits & (kNeedsWeightFirst << t)) != 0) text += cat(", weight ", t, " needs grad");
   }
@@ -46,7 +49,7 @@ bool same_grad_bits(uint32_t a, uint32_t b) {
 
 // Empty if the two ranks mean the same call; else what differs, naming both sides.
 std::string disagreement(int rank_a, const CallHeader& a, int rank_b, const CallHeader& b) {
-  if (a.kind != b.kind || a.layer != b.layer) {
+  if (a.kind != b.kind || a.layer != b.layer || a.micro_batch != b.micro_batch) {
     return cat("ranks call in different order: rank ", rank_a, " began the ", describe(a),
                ", rank ", rank_b, " the ", describe(b),
                ". Every rank must run the same layers in the same order, forward and backward.");

@@ -4,7 +4,7 @@
 
 namespace protocol {
 
-// --- what is visible where -----------------------------------------------------------------------
+// --- what is visible where ---
 
 // The flag of job `ref`, by what its sender has pushed. Jobs of one flag run in order, so "at least
 // this epoch" is "this job or a later one".
@@ -98,7 +98,7 @@ bool Model::device_steps(const State& state, int rank, std::vector<Step>* steps)
   return steps->size() > before;
 }
 
-// --- taking a step -------------------------------------------------------------------------------
+// --- taking a step ---
 
 Violation Model::read(int rank, const Op& op, State* state) const {
   RankState& self = state->ranks[rank];
@@ -130,18 +130,20 @@ Violation Model::execute_op(int rank, const Op& op, State* state) const {
 }
 
 // Runs the op at `place`, and those glued to it.
-Violation Model::execute(int rank, int place, State* state) const {
+Finding Model::execute(int rank, int place, State* state) const {
   RankState& self = state->ranks[rank];
   const std::vector<Op>& ops = program(rank).ops;
   int index = self.queue[place];
-  Violation violation = Violation::kNothing;
+  Finding finding;
   do {
-    if (violation == Violation::kNothing) violation = execute_op(rank, ops[index], state);
+    if (finding.is_ok()) {
+      finding = {execute_op(rank, ops[index], state), rank, static_cast<uint8_t>(index)};
+    }
     ++self.num_executed;
     remove(place, &self);
     ++index;
   } while (index < reached(self, rank).num_ops && ops[index].is_glued);
-  return violation;
+  return finding;
 }
 
 void Model::remove(int place, RankState* self) {
@@ -151,19 +153,23 @@ void Model::remove(int place, RankState* self) {
   --self->queue_length;
 }
 
-Violation Model::begin_copy(int rank, int place, State* state) const {
+Finding Model::begin_copy(int rank, int place, State* state) const {
   RankState& self = state->ranks[rank];
   const int index = self.queue[place] & kIndexMask;
   const Job& job = program(rank).jobs[index];
-  if (self.num_executed <= job.source_op) return Violation::kSourceNotReady;
+  if (self.num_executed <= job.source_op) {
+    return {Violation::kSourceNotReady, rank, self.queue[place]};
+  }
   if (job.previous.rank != kNone && !state->ranks[job.dst].is_dead) {
     const int reader = protocol_.job(job.previous).last_reader_op;
-    if (state->ranks[job.dst].num_executed <= reader) return Violation::kOverwritten;
+    if (state->ranks[job.dst].num_executed <= reader) {
+      return {Violation::kOverwritten, rank, self.queue[place]};
+    }
   }
   self.begun |= 1u << index;
   self.queue[place] |= kBegunEntry;
   if (self.is_tainted) self.tainted_jobs |= 1u << index;
-  return Violation::kNothing;
+  return {};
 }
 
 // A push overwrites whatever its flag holds, a lifted epoch too.
@@ -178,8 +184,9 @@ void Model::end_copy(int rank, int place, State* state) const {
   receiver.lifted_flags = static_cast<uint16_t>(receiver.lifted_flags & ~(1u << job.flag));
 }
 
-// --- reductions (model.h) ------------------------------------------------------------------------
+// --- reductions (model.h) ---
 
+// Reduction 6.
 bool Model::is_out_of_sight(const State& state, int rank) const {
   if (!state.ranks[rank].is_dead || !lifts_at_once_) return false;
   for (int other = 0; other < config().ranks; ++other) {
@@ -188,11 +195,8 @@ bool Model::is_out_of_sight(const State& state, int rank) const {
   return true;
 }
 
-// --- XX the steps taken at once (model.h, reduction 1)
-// ------------------------------------------------
-
-// Takes one such step of the rank, if there is one.
-bool Model::settle_rank(int rank, State* state, Violation* violation) const {
+// Takes one step of reductions 1 and 4 on this rank, if there is one.
+bool Model::settle_rank(int rank, State* state, Finding* finding) const {
   RankState& self = state->ranks[rank];
   if (is_out_of_sight(*state, rank)) return false;
   if (self.mode == Mode::kBlocked && self.queue_length == 0) {
@@ -211,23 +215,23 @@ bool Model::settle_rank(int rank, State* state, Violation* violation) const {
       const OpKind kind = program(rank).ops[index].kind;
       if (kind != OpKind::kEvent && kind != OpKind::kWait) continue;
       if (!can_execute(*state, rank, index, !lifts_at_once_ || !self.is_marked)) continue;
-      *violation = execute(rank, place, state);
+      *finding = execute(rank, place, state);
       return true;
     }
     if ((self.begun >> index & 1u) == 0 && can_begin(*state, rank, program(rank).jobs[index])) {
-      *violation = begin_copy(rank, place, state);
+      *finding = begin_copy(rank, place, state);
       return true;
     }
   }
   return false;
 }
 
-Violation Model::settle(State* state) const {
-  Violation violation = Violation::kNothing;
-  for (int rank = 0; rank < config().ranks && violation == Violation::kNothing; ++rank) {
-    if (settle_rank(rank, state, &violation)) rank = -1;
+Finding Model::settle(State* state) const {
+  Finding finding;
+  for (int rank = 0; rank < config().ranks && finding.is_ok(); ++rank) {
+    if (settle_rank(rank, state, &finding)) rank = -1;
   }
-  return violation;
+  return finding;
 }
 
 }  // namespace protocol

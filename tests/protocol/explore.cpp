@@ -118,11 +118,11 @@ class Search {
       const State state = model_.deserialize(visited_.bytes(number));
       bool is_stuck = false;
       model_.steps(state, &steps, &is_stuck);
-      if (is_stuck) return fail(Violation::kDeadlock, number, nullptr);
+      if (is_stuck) return fail({Violation::kDeadlock, 0, 0}, number, nullptr);
       for (const Step& step : steps) {
         State next = state;
-        const Violation violation = model_.apply(step, &next);
-        if (violation != Violation::kNothing) return fail(violation, number, &step);
+        const Finding finding = model_.apply(step, &next);
+        if (!finding.is_ok()) return fail(finding, number, &step);
         add(next, {number, step, 0});
       }
     }
@@ -146,8 +146,8 @@ class Search {
     visited_.add(bytes_, origin);
   }
 
-  Result fail(Violation violation, uint32_t number, const Step* last) {
-    result_.violation = violation;
+  Result fail(const Finding& finding, uint32_t number, const Step* last) {
+    result_.finding = finding;
     std::vector<Origin> path;
     for (uint32_t at = number; at != kNobody; at = visited_.origin(at).parent) {
       path.push_back(visited_.origin(at));

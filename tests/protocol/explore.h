@@ -10,7 +10,7 @@
 namespace protocol {
 
 struct Result {
-  Violation violation = Violation::kNothing;
+  Finding finding;
   bool is_exhaustive = true;  // false: max_states were visited first
   uint64_t num_states = 0;
   uint64_t num_bytes = 0;  // memory held by the visited states

@@ -1,14 +1,13 @@
 // Explores one configuration of the protocol model and prints what was found.
 //
-//   model [--ranks 2|3] [--layers N] [--shape ring|alternate] [--queue separate|single]
-//         [--blocking 0|1] [--death 0|1] [--deadline 0|1] [--collective 0|1] [--plain 0|1]
-//         [--without RULE] [--max-states N]
+//   model [--ranks 2..4] [--layers 1..3] [--shape ring|alternate|fan-in|fan-out]
+//         [--backward-only 0|1] [--queue separate|single] [--blocking 0|1] [--death 0|1]
+//         [--deadline 0|1] [--collective 0|1] [--plain 0|1] [--without RULE] [--max-states N]
 //   model --rules     prints every rule's name and what is done without it
 //
 // Exit status: 0 no violation, 1 violation, 2 usage.
-#include <chrono>
 #include <cstdio>
-#include <cstdlib>
+#include <ctime>
 #include <stdexcept>
 #include <string>
 
@@ -106,18 +105,18 @@ int list_rules() {
 }
 
 int run(const Options& options) {
-  const auto start = std::chrono::steady_clock::now();
-  const Result result = protocol::explore(Model(options.config), options.max_states);
-  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  const bool is_ok = result.violation == protocol::Violation::kNothing;
+  const Model model(options.config);
+  const Result result = protocol::explore(model, options.max_states);
+  const double cpu_seconds = static_cast<double>(std::clock()) / CLOCKS_PER_SEC;
+  const bool is_ok = result.finding.is_ok();
   const std::string extent = !is_ok ? "stopped at the violation"
                              : result.is_exhaustive
                                  ? "exhaustive"
                                  : "bounded: " + std::to_string(options.max_states) + " states";
-  std::printf("states=%llu seconds=%.2f MiB=%llu %s\n",
-              static_cast<unsigned long long>(result.num_states), seconds.count(),
+  std::printf("states=%llu cpu_seconds=%.2f MiB=%llu %s\n",
+              static_cast<unsigned long long>(result.num_states), cpu_seconds,
               static_cast<unsigned long long>(result.num_bytes >> 20), extent.c_str());
-  std::printf("result: %s\n", is_ok ? "ok" : protocol::violation_text(result.violation));
+  std::printf("result: %s\n", is_ok ? "ok" : model.describe(result.finding).c_str());
   std::printf("%s", result.trace.c_str());
   return is_ok ? 0 : 1;
 }

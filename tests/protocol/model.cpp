@@ -36,7 +36,7 @@ const Instr& Model::reached(const RankState& rank, int index) const {
   return rank.pc == 0 ? kStart : program(index).instrs[rank.pc - 1];
 }
 
-// --- what is visible where -----------------------------------------------------------------------
+// --- what is visible where ---
 
 // The dead have nothing left that must happen.
 bool Model::has_ended(const State& state, int rank) const {
@@ -53,7 +53,7 @@ bool Model::is_released(const State& state, const JobRef& ref) const {
   const Job& job = protocol_.job(ref);
   const RankState& reader = state.ranks[job.dst];
   if (job.release_job != kNone) return (reader.ended >> job.release_job & 1u) != 0;
-  return reader.num_executed > job.release_op;
+  return job.release_op != kNone && reader.num_executed > job.release_op;
 }
 
 bool Model::are_released(const State& state, const Job& job) const {
@@ -95,8 +95,7 @@ bool Model::is_guard_open(const State& state, int rank, const Instr& instr) cons
   return false;
 }
 
-// --- possible steps; each function says whether one of its steps must happen
-// -----------------------
+// --- possible steps; each function says whether one of them must happen ---
 
 bool Model::python_steps(const State& state, int rank, std::vector<Step>* steps) const {
   const RankState& self = state.ranks[rank];
@@ -147,8 +146,7 @@ bool Model::mover_steps(const State& state, int rank, std::vector<Step>* steps) 
   return must;
 }
 
-// The first fault is seen by somebody, or it changes nothing: a rank that is dead and not noticed
-// cannot be told from one that is slow. So it dies in the step in which the first watchdog notices.
+// What the watchdog does first (mark, unless the rule is taken out) may be its answer to the fault.
 bool Model::watchdog_steps(const State& state, int rank, std::vector<Step>* steps) const {
   const RankState& self = state.ranks[rank];
   if (has_ended(state, rank)) return false;
@@ -197,7 +195,7 @@ void Model::steps(const State& state, std::vector<Step>* steps, bool* is_stuck) 
   *is_stuck = is_waiting && !must;
 }
 
-// --- taking a step -------------------------------------------------------------------------------
+// --- taking a step ---
 
 // Queue entries of separate hardware queues are kept stream by stream, so that submissions whose
 // order means nothing do not make two states.
@@ -226,17 +224,17 @@ void Model::run_instr(int rank, State* state) const {
   ++self.pc;
 }
 
-Violation Model::submit(int rank, int job, State* state) const {
+Finding Model::submit(int rank, int job, State* state) const {
   RankState& self = state->ranks[rank];
   const bool has_left = self.mode == Mode::kClosing && !config().has(Rule::kErrorStopsMover);
   const Job& submitted = program(rank).jobs[job];
   if (submitted.kind != Kind::kRelease &&
       (has_left || reached(self, rank).returned >= submitted.seq)) {
-    return Violation::kFreedMemory;
+    return {Violation::kFreedMemory, rank, static_cast<uint8_t>(kJobEntry | job)};
   }
   self.submitted |= 1u << job;
   enqueue(static_cast<uint8_t>(kJobEntry | job), &self, rank);
-  return Violation::kNothing;
+  return {};
 }
 
 void Model::suffer(uint8_t fault, State* state) {
@@ -252,9 +250,9 @@ void Model::lift(int rank, State* state) const {
   state->ranks[rank].has_lifted = true;
 }
 
-Violation Model::apply(const Step& step, State* state) const {
+Finding Model::apply(const Step& step, State* state) const {
   RankState& self = state->ranks[step.rank];
-  Violation violation = Violation::kNothing;
+  Finding finding;
   switch (step.act) {
     case Act::kPython:
       run_instr(step.rank, state);
@@ -269,13 +267,13 @@ Violation Model::apply(const Step& step, State* state) const {
       self.mode = Mode::kRunning;
       break;
     case Act::kSubmit:
-      violation = submit(step.rank, step.arg, state);
+      finding = submit(step.rank, step.arg, state);
       break;
     case Act::kExecute:
-      violation = execute(step.rank, step.arg, state);
+      finding = execute(step.rank, step.arg, state);
       break;
     case Act::kBegin:
-      violation = begin_copy(step.rank, step.arg, state);
+      finding = begin_copy(step.rank, step.arg, state);
       break;
     case Act::kEnd:
       end_copy(step.rank, step.arg, state);
@@ -292,11 +290,11 @@ Violation Model::apply(const Step& step, State* state) const {
       suffer(static_cast<uint8_t>(kDeathFault + step.rank), state);
       break;
   }
-  if (violation == Violation::kNothing && !config().plain) violation = settle(state);
+  if (finding.is_ok() && !config().plain) finding = settle(state);
   if (self.has_lifted && self.queue_length == 0 && !config().has(Rule::kLiftUntilCallEnds)) {
     self.has_stopped = true;
   }
-  return violation;
+  return finding;
 }
 
 }  // namespace protocol

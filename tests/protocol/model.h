@@ -1,25 +1,33 @@
-// The states of the protocol and the steps between them: 2 or 3 ranks, each with a Python thread, a
+// The states of the protocol and the steps between them: 2 to 4 ranks, each with a Python thread, a
 // mover, a device and a watchdog, running the lists of program.h. explore.h visits every state.
 //
-// A copy is two steps (begin, end + flag), so that overlap is seen; a reader is one. Device streams
-// are FIFO; with separate hardware queues the head of each stream may run, with a single one only
-// the oldest submission of the rank. (Hardware that dispatches from one queue but overlaps what it
-// dispatched lies between the two: it can overwrite no more than separate queues can, and what
-// it dispatched always ends, so it gets stuck no more than one strict queue does.)
+// A copy is two steps (begin; end and flag), so that overlap is seen; a reader is one. Streams are
+// FIFO; with separate hardware queues the head of each may run, with a single one only the oldest
+// submission of the rank. (Hardware that overlaps what it has dispatched from one queue lies
+// between the two: it can overwrite no more than separate queues can, and what it has dispatched
+// always ends, so it gets stuck no sooner than one strict queue.) One training step is enough:
+// after a check() that passed, all streams are empty and all is released, as at the start. No state
+// comes twice in a run (a flag is lifted again only after one of finitely many pushes), so a run
+// that never gets stuck ends.
 //
-// Reductions, each left out by Config::plain, which a test compares with the reduced model:
-//   1. settle() takes some steps at once, in no order of its own. Each of them stays possible once
-//      it is, takes no possibility from any other actor, and can only bring a violation closer:
-//      an event at the head fires (it only lets copies begin); a wait passes that a pushed flag
-//      satisfies (such a flag never falls below again; one that the watchdog lifted may, and there
-//      passing is a step of its own); a copy begins (from then on its area may not be read or still
-//      be unread: sooner is the harder case); Python comes out of a blocking driver call once its
-//      device has drained (nobody else may enqueue there meanwhile).
-//   2. A release runs with its reader, and the ops that Python enqueues between two points where it
-//      may block or wait are enqueued together: running or enqueueing later is still possible for
-//      all that follows, and the state between is one in which the second has not been reached yet.
-//   3. In the ring plan all ranks run the same program, so states that differ only by a rotation of
-//      the ranks are one state (explore.cpp).
+// Reductions. Config::plain leaves all of them out; a test compares the verdicts.
+//   1. settle() takes some steps as soon as they are possible. Each stays possible, takes nothing
+//      from another actor, and can only bring a violation closer: an event at the head fires; a
+//      wait passes that a push has satisfied (pushes only raise a flag); a copy begins (from then
+//      on its area must have been read and may not be); Python comes back from a driver call once
+//      its device has drained.
+//   2. A release runs with its reader, and what Python enqueues between two points where it may
+//      wait or block is enqueued in one step: both may still run later, which is no different from
+//      being released or enqueued later.
+//   3. The ranks of a ring run the same program, so states that differ by a rotation are one
+//      (explore.cpp).
+//   4. While every rule of the watchdog holds, it lifts as soon as it has marked and again as soon
+//      as a push lowers a flag, and waits pass at once: it needs no lock, and a flag not yet lifted
+//      is no different from a stream that has not looked yet.
+//   5. A rank dies in the step in which the first watchdog notices: until then it cannot be told
+//      from one that is slow. Its device runs on, or stops anywhere.
+//   6. With 4, its device stops when every living rank is marked: its pushes change no wait any
+//      more, only whether poison was read, and never arriving is the worse case.
 #pragma once
 
 #include <array>
@@ -104,6 +112,14 @@ enum class Violation : uint8_t {
 };
 const char* violation_text(Violation violation);
 
+struct Finding {
+  Violation violation = Violation::kNothing;
+  int rank = 0;       // whose device or mover met it
+  uint8_t entry = 0;  // at this queue entry
+
+  bool is_ok() const { return violation == Violation::kNothing; }
+};
+
 class Model {
  public:
   explicit Model(const Config& config);
@@ -116,8 +132,9 @@ class Model {
   // dead).
   void steps(const State& state, std::vector<Step>* steps, bool* is_stuck) const;
 
-  Violation apply(const Step& step, State* state) const;
+  Finding apply(const Step& step, State* state) const;
 
+  std::string describe(const Finding& finding) const;
   std::string describe(const State& state, const Step& step) const;
   std::string describe(const State& state) const;
 
@@ -142,7 +159,7 @@ class Model {
   uint16_t all_flags() const;
   void enqueue(uint8_t entry, RankState* self, int rank) const;
   void run_instr(int rank, State* state) const;
-  Violation submit(int rank, int job, State* state) const;
+  Finding submit(int rank, int job, State* state) const;
 
   // --- device.cpp ---
   bool is_flag_pushed(const State& state, const JobRef& ref) const;
@@ -155,13 +172,13 @@ class Model {
   bool device_steps(const State& state, int rank, std::vector<Step>* steps) const;
   Violation read(int rank, const Op& op, State* state) const;
   Violation execute_op(int rank, const Op& op, State* state) const;
-  Violation execute(int rank, int place, State* state) const;
+  Finding execute(int rank, int place, State* state) const;
   static void remove(int place, RankState* self);
-  Violation begin_copy(int rank, int place, State* state) const;
+  Finding begin_copy(int rank, int place, State* state) const;
   void end_copy(int rank, int place, State* state) const;
   bool is_out_of_sight(const State& state, int rank) const;
-  bool settle_rank(int rank, State* state, Violation* violation) const;
-  Violation settle(State* state) const;
+  bool settle_rank(int rank, State* state, Finding* finding) const;
+  Finding settle(State* state) const;
 
   // --- state.cpp ---
   std::string job_text(int rank, int job) const;

@@ -3,6 +3,7 @@
 #include "program.h"
 
 #include <map>
+#include <stdexcept>
 #include <utility>
 
 namespace protocol {
@@ -158,7 +159,7 @@ class RankBuilder {
   }
 
  private:
-  // --- instructions -----------------------------------------------------------------------------
+  // --- instructions ---
 
   Instr& instr(const std::string& text) {
     Instr next;
@@ -192,7 +193,7 @@ class RankBuilder {
     return mask;
   }
 
-  // --- compute ops ------------------------------------------------------------------------------
+  // --- compute ops ---
 
   // Enqueues an op in the current instruction. In the plain model every op is a step of Python's.
   int enqueue(OpKind kind, std::vector<JobRef> jobs, const std::string& text, bool is_glued) {
@@ -278,8 +279,7 @@ class RankBuilder {
     program_.instrs.back().text += ", posts release " + std::string(kind_name(kind)) + call(seq);
   }
 
-  // --- the parts of a call
-  // ------------------------------------------------------------------------
+  // --- the parts of a call ---
 
   void publish(int seq) {
     instr("publishes header " + std::to_string(seq)).header = seq;
@@ -357,8 +357,7 @@ class RankBuilder {
     enqueue(OpKind::kOptimizer, {}, "optimizer step", false);
   }
 
-  // --- helpers
-  // ------------------------------------------------------------------------------------
+  // --- helpers ---
 
   JobRef inbound(Kind kind, int seq) const {
     const int src =
@@ -387,6 +386,18 @@ class RankBuilder {
   std::vector<std::pair<Kind, int>> late_releases_;
 };
 
+// A job without a source or a reader would make the model blind to it.
+void check_program(const Program& program) {
+  for (const Job& job : program.jobs) {
+    const bool is_read = job.kind == Kind::kRelease || job.last_reader_op != kNone;
+    if (job.source_op == kNone || !is_read)
+      throw std::logic_error("a job without source or reader");
+  }
+  if (program.jobs.size() > kMaxJobs || program.ops.size() > kMaxOps) {
+    throw std::logic_error("too many jobs or ops for the encoding of a state");
+  }
+}
+
 }  // namespace
 
 const char* kind_name(Kind kind) {
@@ -399,6 +410,7 @@ Protocol build_protocol(const Config& config) {
   protocol.config = config;
   add_jobs(&protocol);
   for (int rank = 0; rank < config.ranks; ++rank) RankBuilder(&protocol, rank).build();
+  for (int rank = 0; rank < config.ranks; ++rank) check_program(protocol.ranks[rank]);
   return protocol;
 }
 

@@ -25,6 +25,8 @@ namespace protocol {
 
 constexpr int kMaxRanks = 4;
 constexpr int kNone = -1;
+constexpr size_t kMaxJobs = 32;  // of a rank; a state has them as bits
+constexpr size_t kMaxOps = 64;   // of a rank's compute stream
 
 // Who helps whom. A layer's backward has its forward's plan.
 enum class Shape {

@@ -104,7 +104,7 @@ State Model::deserialize(const char* bytes) const {
   return state;
 }
 
-// --- words ---------------------------------------------------------------------------------------
+// --- words ---
 
 const char* violation_text(Violation violation) {
   switch (violation) {
@@ -138,6 +138,13 @@ std::string Model::entry_text(int rank, uint8_t entry) const {
   const int index = entry & kIndexMask;
   if ((entry & kJobEntry) == 0) return program(rank).ops[index].text;
   return "copy " + job_text(rank, index) + ((entry & kBegunEntry) != 0 ? " (begun)" : "");
+}
+
+std::string Model::describe(const Finding& finding) const {
+  const std::string text = violation_text(finding.violation);
+  if (finding.violation == Violation::kDeadlock) return text;
+  return text + ": rank " + std::to_string(finding.rank) + ", " +
+         entry_text(finding.rank, finding.entry);
 }
 
 std::string Model::describe(const State& state, const Step& step) const {
