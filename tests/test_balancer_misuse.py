@@ -81,6 +81,14 @@ def disagree_about_side_data(arm: Arm) -> None:
     arm.run(rows, arm.weights(), row_data=[probs.requires_grad_(arm.rank != ODD_RANK)])
 
 
+def refuse_another_layer(arm: Arm) -> None:
+    """The odd rank means layer 1, and is wrong about its counts too: refused before any order."""
+    if arm.rank != ODD_RANK:
+        forward(arm, layer=0)
+    else:
+        arm.door.run_experts(arm.rows()[0], [-1] * 5, arm.weights(), SwiGLU(), layer=1)
+
+
 # ------------------------------------------------------------------------------------ tickets
 
 
@@ -191,6 +199,7 @@ SCENARIOS = {
     "begun grad mode": Scenario(functools.partial(disagree_about_grad_mode, begun=True)),
     "frozen": Scenario(disagree_about_frozen_experts),
     "side data": Scenario(disagree_about_side_data, WITH_PROBS),
+    "refused elsewhere": Scenario(refuse_another_layer, TWO_LAYERS),
     "begin twice": Scenario(begin_twice),
     "stale ticket": Scenario(use_a_ticket_twice),
     "stale ticket, one rank": Scenario(use_a_ticket_twice_on_one_rank),
@@ -249,6 +258,10 @@ def test_experts_frozen_on_some_ranks_are_named_on_both_sides(reactions: Reactio
 def test_side_data_with_grads_on_some_ranks_is_named(reactions: Reactions) -> None:
     message = "rank 0 has .*row_data 0 needs grad.*; rank 1 has (?!.*row_data 0)"
     reactions.assert_closed("side data", f"RuntimeError: .*{message}")
+
+
+def test_refusal_of_another_layer_leaves_ranks_in_the_same_order(reactions: Reactions) -> None:
+    reactions.assert_refused("refused elsewhere", ODD_RANK, r"counts\[0\] is -1")
 
 
 def test_second_begin_is_refused_and_the_first_runs(reactions: Reactions) -> None:

@@ -123,6 +123,7 @@ class Attempt:
 
 def attempt_all(rank: int, num_ranks: int) -> dict[str, Attempt]:
     build().close()  # what a process opens once and keeps (random numbers, say)
+    gc.freeze()  # else each collection below visits all of torch
     attempts = {}
     for name, work in ATTEMPTS.items():
         gc.collect()  # of what came before; what comes now must not need it
