@@ -6,7 +6,6 @@ gradient norms, and the bits of every parameter. Used inside ranks' processes (t
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import zlib
 from collections.abc import Callable, Iterator
@@ -46,6 +45,11 @@ class Run:
     after_build: Callable[[list[nn.Module]], None] | None = None
     save_to: str | None = None
     load_from: str | None = None
+
+    @property
+    def topology(self) -> tuple[int, int | None, int]:
+        """What one set of ranks cannot change between runs."""
+        return self.pp, self.vpp, self.ep
 
 
 @dataclass
@@ -110,13 +114,22 @@ def transformer_config(run: Run) -> Any:
     return TransformerConfig(**{**settings, **run.settings})
 
 
-@contextlib.contextmanager
-def megatron(run: Run) -> Iterator[None]:
-    """Megatron's process groups for a run."""
+def start_megatron(run: Run) -> None:
+    """Megatron's process groups for a run; a process keeps those of its first one.
+
+    Every gloo group is a few threads, and Megatron makes some forty: they are not made twice.
+    """
     patch_megatron()
     from megatron.core import parallel_state
-    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 
+    if parallel_state.model_parallel_is_initialized():
+        sizes = (
+            parallel_state.get_pipeline_model_parallel_world_size(),
+            parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+            parallel_state.get_expert_model_parallel_world_size(),
+        )
+        assert sizes == run.topology, f"these ranks have {sizes}; run {run.topology} in others"
+        return
     parallel_state.initialize_model_parallel(
         1,
         run.pp,
@@ -124,12 +137,6 @@ def megatron(run: Run) -> Iterator[None]:
         expert_model_parallel_size=run.ep,
         expert_tensor_parallel_size=1,
     )
-    try:
-        yield
-    finally:
-        parallel_state.destroy_model_parallel()
-        with contextlib.suppress(Exception):
-            unset_num_microbatches_calculator()
 
 
 def build(run: Run, config: Any) -> list[nn.Module]:
@@ -210,11 +217,10 @@ def draw_weights(model: nn.Module, chunk: int) -> None:
 
 
 def train(run: Run) -> Outcome:
-    """One run on this rank, groups and all."""
-    with megatron(run):
-        config = transformer_config(run)
-        chunks = build(run, config)
-        return Trainer(run, config, chunks).train()
+    """One run on this rank."""
+    start_megatron(run)
+    config = transformer_config(run)
+    return Trainer(run, config, build(run, config)).train()
 
 
 class Trainer:

@@ -173,9 +173,7 @@ def run_cases(rank: int, num_ranks: int, names: list[str]) -> dict[str, Any]:
 
 
 class Outcomes:
-    """Runs the selected cases a few at a time, in one set of ranks, when the first is asked for."""
-
-    AT_A_TIME = 7
+    """Runs the selected cases, those of one topology in one set of ranks, when they are asked for."""
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
@@ -184,12 +182,15 @@ class Outcomes:
     def of(self, name: str) -> list[Any]:
         """Per rank what ``run_cases`` has for this case."""
         if name not in self._found:
-            at = self._names.index(name)
-            names = self._names[at : at + self.AT_A_TIME]
+            names = [other for other in self._names if _topology(other) == _topology(name)]
             ranks = run_ranks(run_cases, 4, names, timeout_s=30.0 + 25.0 * len(names))
             for other in names:
                 self._found[other] = [by_case.get(other, NOT_RUN) for by_case in ranks]
         return self._found[name]
+
+
+def _topology(name: str) -> tuple[int, int | None, int]:
+    return Run(**CASES[name]).topology
 
 
 @pytest.fixture(scope="module")

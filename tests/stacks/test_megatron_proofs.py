@@ -16,7 +16,7 @@ from megatron_runs import (
     Run,
     Trainer,
     build,
-    megatron,
+    start_megatron,
     train,
     transformer_config,
 )
@@ -112,7 +112,8 @@ def order_of_events(rank: int, num_ranks: int, settings: dict[str, Any]) -> list
         _prepare_flex()
     run = Run(num_layers=1, settings=settings)
     events: list[str] = []
-    with megatron(run), pytest.MonkeyPatch.context() as patch:
+    start_megatron(run)
+    with pytest.MonkeyPatch.context() as patch:
         from megatron.core.transformer.moe import token_dispatcher
 
         from feplb import Balancer

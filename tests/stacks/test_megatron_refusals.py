@@ -14,7 +14,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
-from megatron_runs import Run, Trainer, build, megatron, transformer_config
+from megatron_runs import Run, Trainer, build, start_megatron, transformer_config
 from ranks import run_ranks
 from torch import nn
 
@@ -90,19 +90,19 @@ def errors_when_built(rank: int, num_ranks: int) -> dict[str, str]:
     errors = {}
     run = Run(ep=1)
     wanted = {name: setting for name, (setting, _) in SETTINGS.items()} | ALLOWED
-    with megatron(run):
-        from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    start_megatron(run)
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 
-        spec = enable(get_moe_module_spec(use_te=False, num_experts=8), CONFIG)
-        for name, setting in wanted.items():
-            config = transformer_config(run)
-            for field, value in setting.items():
-                setattr(config, field, value)
-            try:
-                build_module(spec, config)
-                errors[name] = ""
-            except ValueError as error:
-                errors[name] = str(error)
+    spec = enable(get_moe_module_spec(use_te=False, num_experts=8), CONFIG)
+    for name, setting in wanted.items():
+        config = transformer_config(run)
+        for field, value in setting.items():
+            setattr(config, field, value)
+        try:
+            build_module(spec, config)
+            errors[name] = ""
+        except ValueError as error:
+            errors[name] = str(error)
     return errors
 
 
@@ -216,24 +216,24 @@ def errors_of_attach(rank: int, num_ranks: int) -> dict[str, str]:
         except (ValueError, RuntimeError) as error:
             found[name] = str(error)
 
-    with megatron(run):
-        config = transformer_config(run)
-        note("no_layer", lambda: attach(nn.Linear(2, 2), num_tokens=8))
-        model: Any = build(run, config)[0]
-        layer = model.decoder.layers[0].mlp
-        note("not_attached", lambda: layer(torch.randn(4, 1, config.hidden_size)))
-        layer.experts.adapter = nn.Linear(4, 4)
-        note("adapter", lambda: attach(model, num_tokens=8))
-        del layer.experts.adapter
-        balancer = attach(model, num_tokens=8)
-        assert balancer is not None
-        note("twice", lambda: attach(model, num_tokens=8))
-        balancer.close()
-        note("after_close", lambda: layer(torch.randn(4, 1, config.hidden_size)))
-        note("again", lambda: attach(model, num_tokens=8).close())  # type: ignore[union-attr]
-        unequal: Any = build(run, config)[0]
-        unequal.decoder.layers[1].mlp.balancer_config = BalancerConfig(num_slots=1)
-        note("unequal", lambda: attach(unequal, num_tokens=8))
+    start_megatron(run)
+    config = transformer_config(run)
+    note("no_layer", lambda: attach(nn.Linear(2, 2), num_tokens=8))
+    model: Any = build(run, config)[0]
+    layer = model.decoder.layers[0].mlp
+    note("not_attached", lambda: layer(torch.randn(4, 1, config.hidden_size)))
+    layer.experts.adapter = nn.Linear(4, 4)
+    note("adapter", lambda: attach(model, num_tokens=8))
+    del layer.experts.adapter
+    balancer = attach(model, num_tokens=8)
+    assert balancer is not None
+    note("twice", lambda: attach(model, num_tokens=8))
+    balancer.close()
+    note("after_close", lambda: layer(torch.randn(4, 1, config.hidden_size)))
+    note("again", lambda: attach(model, num_tokens=8).close())  # type: ignore[union-attr]
+    unequal: Any = build(run, config)[0]
+    unequal.decoder.layers[1].mlp.balancer_config = BalancerConfig(num_slots=1)
+    note("unequal", lambda: attach(unequal, num_tokens=8))
     return found
 
 
@@ -256,18 +256,18 @@ def layers_of_different_shape(rank: int, num_ranks: int) -> tuple[list[int], flo
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     run = Run(steps=1)
-    with megatron(run):
-        config, wide = transformer_config(run), transformer_config(run)
-        wide.moe_ffn_hidden_size = 64
-        chunks = build(run, config)
-        spec = enable(get_gpt_layer_local_spec(num_experts=8), CONFIG).submodules.mlp
-        layers: Any = chunks[0].decoder.layers  # type: ignore[union-attr]
-        layers[1].mlp = build_module(spec, wide)
-        layers[1].mlp.set_layer_number(2)
-        layers[1].mlp.balancer_config = layers[0].mlp.balancer_config
-        trainer = Trainer(run, config, chunks)
-        widths = [spec.weights[1].shape[1] for spec in trainer.balancer.layers]
-        return widths, trainer.train().moved
+    start_megatron(run)
+    config, wide = transformer_config(run), transformer_config(run)
+    wide.moe_ffn_hidden_size = 64
+    chunks = build(run, config)
+    spec = enable(get_gpt_layer_local_spec(num_experts=8), CONFIG).submodules.mlp
+    layers: Any = chunks[0].decoder.layers  # type: ignore[union-attr]
+    layers[1].mlp = build_module(spec, wide)
+    layers[1].mlp.set_layer_number(2)
+    layers[1].mlp.balancer_config = layers[0].mlp.balancer_config
+    trainer = Trainer(run, config, chunks)
+    widths = [spec.weights[1].shape[1] for spec in trainer.balancer.layers]
+    return widths, trainer.train().moved
 
 
 def test_layers_of_different_shape_train() -> None:
