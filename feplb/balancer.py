@@ -372,17 +372,16 @@ class Balancer:
     # ------------------------------------------------------------------------------- arguments
 
     def _spec(self, layer: int) -> LayerSpec:
-        if not 0 <= layer < len(self.layers):
+        if not isinstance(layer, int) or not 0 <= layer < len(self.layers):
             raise ValueError(
-                f"layer={layer} (rank {self.rank}), expected 0 to {len(self.layers) - 1}"
+                f"layer={layer!r} (rank {self.rank}), expected 0 to {len(self.layers) - 1}"
             )
         return self.layers[layer]
 
     def _next_micro_batch(self, layer: int) -> int:
-        if not 0 <= layer < len(self.layers):
-            return 0  # the call will be refused
-        self._micro_batches[layer] += 1
-        return self._micro_batches[layer] - 1
+        """The number of the forward to come; it counts once all ranks have agreed on it."""
+        known = isinstance(layer, int) and 0 <= layer < len(self.layers)
+        return self._micro_batches[layer] if known else 0  # else the call will be refused
 
     def _take_ticket(self, ticket: Ticket | None, layer: int) -> Ticket | None:
         """The ticket of the call that was begun, if any; a wrong one ends it on all ranks."""
@@ -465,7 +464,8 @@ class Balancer:
     def _refuse(self, layer: int, micro_batch: int, error: Exception) -> NoReturn:
         """Publish this rank's error, so that no peer waits for it, and raise it."""
         text = f"{error} (rank {self.rank}, layer {layer}, micro-batch {micro_batch})"
-        self._begin(KIND_FORWARD, layer, micro_batch, 0, [], error=text)
+        named = layer if isinstance(layer, int) else -1
+        self._begin(KIND_FORWARD, named, micro_batch, 0, [], error=text)
         self.core.wait_plan()
         raise ValueError(f"{text}. Nothing was sent; the Balancer stays usable.") from error
 
@@ -504,6 +504,7 @@ class Balancer:
             plan_us=plan_ns / 1000,
         )
         if all_counts.size:
+            self._micro_batches[layer] += 1
             by_rank = all_counts.reshape(self.num_ranks, len(counts))
             self._records[layer] = CallRecord(by_rank, moves, agreement.plan_us)
         return agreement

@@ -173,7 +173,7 @@ def run_cases(rank: int, num_ranks: int, names: list[str]) -> dict[str, Any]:
 
 
 class Outcomes:
-    """Runs the selected cases, those of one topology in one set of ranks, when they are asked for."""
+    """Runs the selected cases, those of one topology in one set of ranks, when asked for one."""
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
