@@ -77,10 +77,7 @@ void link_areas(Protocol* protocol, const JobTable& uses) {
     const size_t num_released = is_ruled ? num_halves : 2;
     for (size_t use = 0; use < refs.size(); ++use) {
       Job& job = protocol->job(refs[use]);
-      if (use >= num_halves) {
-        job.previous = refs[use - num_halves];
-        protocol->job(job.previous).next = refs[use];
-      }
+      if (use >= num_halves) job.previous = refs[use - num_halves];
       if (use >= num_released && config.has(kWithholdRules[kind])) {
         job.awaits.push_back(refs[use - num_released]);
       }

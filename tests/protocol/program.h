@@ -65,8 +65,7 @@ struct JobRef {
   int job = kNone;
 };
 
-// One submission of the mover: event wait, copy, flag. Its destination area is what `previous`
-// wrote before and `next` will write after.
+// One submission of the mover: event wait, copy, flag.
 struct Job {
   Kind kind = Kind::kRows;
   int seq = 0;
@@ -78,8 +77,7 @@ struct Job {
   int release_op = kNone;      // dst's compute op that releases the area, or
   int release_job = kNone;     // dst's mover job that does
   int next_same_flag = kNone;  // own job that writes the same flag next
-  JobRef previous;             // physical predecessor and successor in the area
-  JobRef next;
+  JobRef previous;             // the job whose content this one overwrites
   std::vector<JobRef> awaits;  // the jobs whose release must be visible before this is submitted
 };
 

@@ -1,6 +1,6 @@
-// The sentences of design.md that the protocol model can be run without: one Rule each, with its
-// name on the command line and what is done instead when it is taken out. tests/
-// test_protocol_model.py maps the sentences to these names and demands a violation for each.
+// What the protocol model can be run without: a Rule each, with its name on the command line and
+// what is done instead. tests/test_protocol_model.py maps the sentences of design.md to these names
+// and demands a violation without each (kWithholdPerJob, which only saves time, excepted).
 #pragma once
 
 #include <string>
