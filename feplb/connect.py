@@ -141,6 +141,7 @@ def connect(
             num_slots=reservation.num_slots,
             num_grad_slots=reservation.num_grad_slots,
             pids=pids,
+            names=[],
             board=segment(f"{name}-board", board_bytes),
             arenas=[segment(f"{name}-{rank}", arena_bytes) for rank in range(peers.num_ranks)],
         )

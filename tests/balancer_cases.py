@@ -7,9 +7,11 @@ bit, and only sentences about differences travel back.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -221,17 +223,34 @@ def build(specs: Sequence[LayerSpec] = PLAIN, **config: Any) -> Balancer:
     return Balancer(BalancerConfig(**config), dist.group.WORLD, layers=specs)
 
 
-def resources_in_use() -> dict[str, Any]:
-    """What this process holds of the kinds that feplb takes."""
-    tasks = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
-    names = [comm.read_text().strip() for comm in tasks if comm.exists()]
+def resources_in_use(*, num_threads: int | None = None) -> dict[str, Any]:
+    """What this process holds of the kinds that feplb takes.
+
+    A thread that was joined is listed in /proc a moment longer, until the kernel is through with
+    it: with ``num_threads`` given, wait up to a second for that many.
+    """
     maps = Path("/proc/self/maps").read_text().splitlines()
     return {
         "open files": len(os.listdir("/proc/self/fd")),
-        "threads": sorted(name for name in names if name.startswith("feplb")),
+        "threads": threads_of_feplb(num_threads),
         "mappings": sorted(line.split()[-1] for line in maps if "/dev/shm/feplb-" in line),
         "in /dev/shm": sorted(path.name for path in Path("/dev/shm").glob("feplb-*") if ours(path)),
     }
+
+
+def threads_of_feplb(expected: int | None) -> list[str]:
+    give_up = time.monotonic() + 1.0
+    while True:
+        names = [name for name in thread_names() if name.startswith("feplb")]
+        if expected in (None, len(names)) or time.monotonic() > give_up:
+            return sorted(names)
+        time.sleep(0.001)
+
+
+def thread_names() -> Iterator[str]:
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+            yield Path(f"/proc/self/task/{task}/comm").read_text().strip()
 
 
 def ours(segment: Path) -> bool:

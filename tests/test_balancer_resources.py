@@ -37,7 +37,7 @@ class Held:
 def live(rank: int, num_ranks: int) -> Held:
     build().close()  # what a process opens once and keeps (random numbers, say)
     gc.collect()
-    before = resources_in_use()
+    before = resources_in_use(num_threads=0)
     balancer = build()
     arm = Arm(rank, num_ranks, PLAIN, balancer)
     loss_of(arm.run(arm.rows()[0], arm.weights())).backward()
@@ -45,12 +45,12 @@ def live(rank: int, num_ranks: int) -> Held:
     held = resources_in_use()
     dist.barrier()
     balancer.close()
-    closed = resources_in_use()
+    closed = resources_in_use(num_threads=0)
     balancer.close()
-    closed_twice = resources_in_use()
+    closed_twice = resources_in_use(num_threads=0)
     with build() as second:
         text = call_and_check(Arm(rank, num_ranks, PLAIN, second))
-    return Held(before, held, closed, closed_twice, text, resources_in_use())
+    return Held(before, held, closed, closed_twice, text, resources_in_use(num_threads=0))
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +115,14 @@ def drop(rank: int, num_ranks: int) -> dict[str, Any]:
     """A Balancer that nobody closes, only forgets."""
     build().close()
     gc.collect()
-    before = resources_in_use()
+    before = resources_in_use(num_threads=0)
     arm = Arm(rank, num_ranks, PLAIN, build())
     arm.run(arm.rows()[0], arm.weights())
     arm.check()
     dist.barrier()
     del arm
     gc.collect()
-    after = resources_in_use()
+    after = resources_in_use(num_threads=0)
     return {kind: (before[kind], after[kind]) for kind in before if before[kind] != after[kind]}
 
 

@@ -127,10 +127,10 @@ def attempt_all(rank: int, num_ranks: int) -> dict[str, Attempt]:
     attempts = {}
     for name, work in ATTEMPTS.items():
         gc.collect()  # of what came before; what comes now must not need it
-        before = resources_in_use()
+        before = resources_in_use(num_threads=0)
         text = attempt(functools.partial(work, rank == ODD_RANK))
         dist.barrier()
-        after = resources_in_use()
+        after = resources_in_use(num_threads=0)
         with build() as balancer:
             next_one = call_and_check(Arm(rank, num_ranks, PLAIN, balancer))
         attempts[name] = Attempt(text, before, after, next_one)

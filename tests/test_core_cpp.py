@@ -42,7 +42,7 @@ class Build:
 
 
 SIMULATED = ("sim_run", "test_interleavings", "test_fences", "test_faults", "test_sim")
-BY_HAND = ("test_board", "test_arena", "test_mover", "test_watchdog")
+BY_HAND = ("test_board", "test_copies", "test_arena", "test_mover", "test_watchdog")
 PLAIN = Build("plain", ("-O2",), (*SIMULATED, *BY_HAND, "test_host"))
 SANITIZED = [
     Build("tsan", ("-O1", "-fsanitize=thread"), ("test_board", "test_host"), ("race",)),

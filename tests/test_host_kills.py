@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from balancer_cases import threads_of_feplb
 from ranks import run_ranks
 
 from feplb import Balancer, BalancerConfig, LayerSpec, SwiGLU
@@ -100,8 +101,7 @@ class FallingCore:
 def left_over() -> list[str]:
     """What a closed Balancer must not leave in this process."""
     maps = [line for line in Path("/proc/self/maps").read_text().splitlines() if "/feplb-" in line]
-    names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
-    return maps + [name for name in names if name.startswith("feplb")]
+    return maps + threads_of_feplb(expected=0)
 
 
 def one_step(balancer: Balancer, weights: list[list[torch.Tensor]], at: Any) -> None:

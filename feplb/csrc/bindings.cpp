@@ -151,7 +151,8 @@ std::vector<LayerShape> layer_shapes_from(const py::list& specs) {
 
 std::unique_ptr<Domain> domain_on_host(int rank, uint64_t config_hash, double deadline_s,
                                        const py::list& layers, int num_slots, int num_grad_slots,
-                                       std::vector<pid_t> pids, std::shared_ptr<SharedMemory> board,
+                                       std::vector<pid_t> pids, std::vector<int> names,
+                                       std::shared_ptr<SharedMemory> board,
                                        std::vector<std::shared_ptr<SharedMemory>> arenas) {
   DomainConfig config;
   config.rank = rank;
@@ -162,6 +163,8 @@ std::unique_ptr<Domain> domain_on_host(int rank, uint64_t config_hash, double de
   config.num_slots = num_slots;
   config.num_grad_slots = num_grad_slots;
   config.pids = std::move(pids);
+  config.names = std::move(names);
+  const int name = config.names.empty() ? rank : config.names[static_cast<std::size_t>(rank)];
   DomainMemory memory;
   memory.board = board->data();
   for (const auto& arena : arenas) memory.arenas.push_back(arena->data());
@@ -169,7 +172,7 @@ std::unique_ptr<Domain> domain_on_host(int rank, uint64_t config_hash, double de
       std::pair<std::shared_ptr<SharedMemory>, std::vector<std::shared_ptr<SharedMemory>>>;
   memory.owner = std::make_shared<Owned>(std::move(board), std::move(arenas));
   return std::make_unique<Domain>(std::move(config), std::move(memory),
-                                  make_host_device(cat("feplb-", rank, "-copy")));
+                                  make_host_device(cat("feplb-", name, "-copy")));
 }
 
 uint64_t begin_call(Domain& domain, int kind, int layer, int64_t micro_batch, uint32_t grad_bits,
@@ -287,7 +290,8 @@ void bind_domain(py::module_& module) {
   py::class_<Domain>(module, "Domain")
       .def(py::init(&domain_on_host), py::kw_only(), py::arg("rank"), py::arg("config_hash"),
            py::arg("deadline_s"), py::arg("layers"), py::arg("num_slots"),
-           py::arg("num_grad_slots"), py::arg("pids"), py::arg("board"), py::arg("arenas"))
+           py::arg("num_grad_slots"), py::arg("pids"), py::arg("names"), py::arg("board"),
+           py::arg("arenas"))
       .def("open", &Domain::open, ReleaseGil())
       .def("prove_lane", &Domain::prove_lane, py::arg("bytes"), ReleaseGil())
       .def("close", &Domain::close, ReleaseGil())

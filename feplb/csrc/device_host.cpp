@@ -9,11 +9,11 @@
 #include <algorithm>
 #include <array>
 #include <condition_variable>
-#include <cstring>
 #include <deque>
 #include <mutex>
 #include <thread>
 
+#include "bulk_copy.h"
 #include "device.h"
 #include "error.h"
 #include "fences.h"
@@ -175,7 +175,7 @@ void HostDevice::step(CopyStream& stream, std::unique_lock<std::mutex>& lock) {
   const CopyOp copy = op.copies[stream.copy_idx];
   const std::size_t bytes = std::min(kChunkBytes, copy.bytes - stream.copied);
   lock.unlock();
-  std::memcpy(copy.dst + stream.copied, copy.src + stream.copied, bytes);
+  bulk_copy(copy.dst + stream.copied, copy.src + stream.copied, bytes);
   lock.lock();
   stream.copied += bytes;
   if (stream.copied == copy.bytes) {

@@ -45,6 +45,7 @@ struct DomainConfig {
   int num_slots = 0;
   int num_grad_slots = 0;
   std::vector<pid_t> pids;  // [num_ranks]
+  std::vector<int> names;   // [num_ranks], see CountBoard; empty: ranks are called by their index
 };
 
 // Memory that the domain lives in; kept alive by the domain and by every view of the arena.
@@ -114,6 +115,7 @@ class Domain {
   void let_go_of_inputs();
   [[noreturn]] void raise(const std::string& what);
   std::string where(const char* phase) const;
+  int own_name() const { return board_.name(config_.rank); }
   bool forked() const;
 
   DomainConfig config_;
