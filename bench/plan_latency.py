@@ -5,7 +5,7 @@ inputs from the calibrated routing, each plan checked before any is timed. Every
 with steady_clock; an input's figure is the median of the passes over all inputs (a pass repeats
 none), less what the clock itself costs (csrc/bindings.cpp, time_each). Percentiles are over inputs.
 
-The last row is another question (bench/handover.py): from handing over the counts to reading the
+The last rows are another question (bench/handover.py): from handing over the counts to reading the
 plan in Python, two processes, the mover on the same core as its rank.
 """
 
@@ -138,7 +138,8 @@ def main(options: Namespace) -> None:
     report = Report(bench="plan_latency", lane="none")
     report.header(threads=1, passes=passes, check="plan_violations")
     rows = plan_rows(num_inputs, passes)
-    rows.append(handover_row("greedy", 4, 300 if options.quick else 2000))
+    samples = 300 if options.quick else 2000
+    rows += [handover_row("greedy", 4, samples, after_experts=after) for after in (False, True)]
     report.table(rows, COLUMNS)
     print("\nstraggler: max - mean of the rank loads in rows, mean over inputs")
     report.write(options.json, rows)

@@ -53,6 +53,7 @@ class Domain:
         num_slots: int,
         num_grad_slots: int,
         pids: list[int],
+        names: list[int],
         board: SharedMemory,
         arenas: list[SharedMemory],
     ) -> None: ...
@@ -71,6 +72,9 @@ class Domain:
         moves: npt.NDArray[np.int32],
         plan_hash: int,
         stream: int,
+    ) -> int: ...
+    def begin_forward(
+        self, layer: int, micro_batch: int, grad_bits: int, counts: list[int]
     ) -> int: ...
     def wait_plan(
         self,

@@ -7,11 +7,12 @@ Everything collective happens in the constructor and in ``check()``; ``close()``
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -41,7 +42,11 @@ from .memory import MemoryReport, memory_report
 from .two_phase import ForwardCall
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing_extensions import ParamSpec, Self
+
+    P = ParamSpec("P")
+
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -90,28 +95,35 @@ def _read_and_check(layers: Sequence[LayerSpec]) -> Environment:
     return read_environment()
 
 
+def _outside_graphs(method: Callable[P, R]) -> Callable[P, R]:
+    """A clean graph break where the surrounding model is compiled; costs nothing where it is not.
+
+    (What ``torch.compiler.disable`` returns sets Dynamo aside in every call.)
+    """
+
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            disabled: Callable[P, R] = torch.compiler.disable(method)
+            return disabled(*args, **kwargs)
+        return method(*args, **kwargs)
+
+    return call
+
+
 class _OneCaller:
     """Holds a Balancer for one call. (A generator would cost a microsecond more per call.)"""
 
-    __slots__ = ("_balancer", "_lock", "_what")
+    __slots__ = ("_balancer", "_what")
 
-    def __init__(self, balancer: Balancer, lock: threading.Lock, what: str) -> None:
-        self._balancer, self._lock, self._what = balancer, lock, what
+    def __init__(self, balancer: Balancer, what: str) -> None:
+        self._balancer, self._what = balancer, what
 
     def __enter__(self) -> None:
-        if self._balancer.closed:
-            raise RuntimeError(f"{self._where()}: the Balancer is closed. Build a new one.")
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError(
-                f"{self._where()}: another thread is inside a call of this Balancer. Nothing was "
-                "sent. Make one call at a time, in the same order on every rank."
-            )
+        self._balancer.enter(self._what)
 
     def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def _where(self) -> str:
-        return f"{self._what} (rank {self._balancer.rank})"
+        self._balancer.leave()
 
 
 class Balancer:
@@ -163,9 +175,6 @@ class Balancer:
             "rank %d of %d: lane host, canary ok, %.1f GB/s\n%s",
             self.rank, self.num_ranks, rate, self.memory,
         )  # fmt: skip
-        # A clean graph break where the surrounding model is compiled.
-        for name in ("run_experts", "prepare_weights", "begin", "check"):
-            setattr(self, name, torch.compiler.disable(getattr(self, name)))
 
     def _reserve(self) -> Reservation:
         """Sizes of this domain; a rank alone can move nothing and reserves nothing."""
@@ -200,6 +209,7 @@ class Balancer:
 
     # --------------------------------------------------------------------------- the public door
 
+    @_outside_graphs
     def prepare_weights(
         self, weights: Sequence[Tensor | Sequence[Tensor]], *, layer: int
     ) -> list[Tensor | list[Tensor]]:
@@ -221,6 +231,7 @@ class Balancer:
         layout, flat = flatten_weights(weights, spec.num_local_experts)
         return layout.per_tensor(late_grads.prepare_weights(self, flat))
 
+    @_outside_graphs
     def begin(self, counts: Sequence[int] | Tensor, *, layer: int) -> Ticket:
         """Publish a call's counts the moment the host has them; optional.
 
@@ -236,22 +247,37 @@ class Balancer:
             ValueError: counts of the wrong length, negative or oversized; peers raise too.
         Thread/stream: never blocks (but after an error, until the peers have seen it).
         """
-        with self.one_caller("begin"):
+        self.enter("begin")
+        try:
             if self._ticket is not None:
                 raise RuntimeError(
                     f"begin of layer {layer} (rank {self.rank}): the call begun for layer "
                     f"{self._ticket.layer} has not run. Nothing was sent. Run its experts first."
                 )
-            micro_batch = self._next_micro_batch(layer)
-            try:
-                checked = checked_counts(counts, self._spec(layer).num_local_experts)
-            except _WRONG_ARGUMENT as error:
-                self._refuse(layer, micro_batch, error)
-            grad_mode = torch.is_grad_enabled()
-            self._begin(KIND_FORWARD, layer, micro_batch, int(grad_mode), checked)
-            self._ticket = Ticket(layer, tuple(checked), micro_batch, grad_mode)
+            micro_batch, grad_mode = self._next_micro_batch(layer), torch.is_grad_enabled()
+            published = self._begin_forward(layer, micro_batch, grad_mode, counts)
+            self._ticket = Ticket(layer, tuple(published), micro_batch, grad_mode)
             return self._ticket
+        finally:
+            self.leave()
 
+    def _begin_forward(
+        self, layer: int, micro_batch: int, grad_mode: bool, counts: Sequence[int] | Tensor
+    ) -> list[int]:
+        """Publish a forward's counts; returns them as host ints."""
+        if type(counts) is list and self._knows(layer):  # the short way, read by the core
+            seq = self.core.begin_forward(layer, micro_batch, grad_mode, counts)
+            if seq:
+                self._seq = seq
+                return counts
+        try:
+            checked = checked_counts(counts, self._spec(layer).num_local_experts)
+        except _WRONG_ARGUMENT as error:
+            self._refuse(layer, micro_batch, error)
+        self._begin(KIND_FORWARD, layer, micro_batch, int(grad_mode), checked)
+        return checked
+
+    @_outside_graphs
     def run_experts(
         self,
         rows: Tensor,
@@ -307,6 +333,7 @@ class Balancer:
                 raise
             return two_phase.run_experts(call, self._anchor, rows, tuple(row_data), flat)
 
+    @_outside_graphs
     def check(self) -> None:
         """End a step, before the optimizer uses its gradients; collective.
 
@@ -372,7 +399,7 @@ class Balancer:
     # ------------------------------------------------------------------------------- arguments
 
     def _spec(self, layer: int) -> LayerSpec:
-        if not isinstance(layer, int) or not 0 <= layer < len(self.layers):
+        if not self._knows(layer):
             raise ValueError(
                 f"layer={layer!r} (rank {self.rank}), expected 0 to {len(self.layers) - 1}"
             )
@@ -380,8 +407,10 @@ class Balancer:
 
     def _next_micro_batch(self, layer: int) -> int:
         """The number of the forward to come; it counts once all ranks have agreed on it."""
-        known = isinstance(layer, int) and 0 <= layer < len(self.layers)
-        return self._micro_batches[layer] if known else 0  # else the call will be refused
+        return self._micro_batches[layer] if self._knows(layer) else 0  # else it will be refused
+
+    def _knows(self, layer: int) -> bool:
+        return isinstance(layer, int) and 0 <= layer < len(self.layers)
 
     def _take_ticket(self, ticket: Ticket | None, layer: int) -> Ticket | None:
         """The ticket of the call that was begun, if any; a wrong one ends it on all ranks."""
@@ -428,7 +457,22 @@ class Balancer:
 
     def one_caller(self, what: str) -> _OneCaller:
         """Refuse a second thread while a call runs."""
-        return _OneCaller(self, self._caller, what)
+        return _OneCaller(self, what)
+
+    def enter(self, what: str) -> None:
+        """Become the one caller, until ``leave``."""
+        if self._closed:
+            where = f"{what} (rank {self.rank})"
+            raise RuntimeError(f"{where}: the Balancer is closed. Build a new one.")
+        if not self._caller.acquire(blocking=False):
+            raise RuntimeError(
+                f"{what} (rank {self.rank}): another thread is inside a call of this Balancer. "
+                "Nothing was sent. Make one call at a time, in the same order on every rank."
+            )
+
+    def leave(self) -> None:
+        """Let others call again."""
+        self._caller.release()
 
     @property
     def closed(self) -> bool:

@@ -5,8 +5,7 @@
 //   field   written by   memory order
 //   rings   ringers      seq_cst add; the sleeper compares it with what it saw before its last poll
 //   wanted  the sleeper  seq_cst; the reasons it wants to be woken for, 0 while it is awake (or
-//   more
-//                        than it asked for, see expect())
+//                        more than it asked for, see expect())
 // seq_cst because ringer and sleeper each write one word and read the other: with less, both could
 // miss (the ringer sees nobody asleep, the sleeper sees no ring).
 #pragma once

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 
 #include "domain.h"
 #include "plan.h"
@@ -192,6 +193,36 @@ uint64_t begin_call(Domain& domain, int kind, int layer, int64_t micro_batch, ui
   return domain.begin(std::move(header), std::move(saved), stream);
 }
 
+// Plain Python ints that fit, one per local expert; false leaves it to Python to say what is wrong.
+bool read_counts(const py::list& list, std::size_t num_local_experts,
+                 std::vector<int32_t>& counts) {
+  if (list.size() != num_local_experts) return false;
+  counts.resize(num_local_experts);
+  for (std::size_t expert = 0; expert < num_local_experts; ++expert) {
+    PyObject* item = PyList_GET_ITEM(list.ptr(), static_cast<py::ssize_t>(expert));
+    if (!PyLong_CheckExact(item)) return false;
+    int overflow = 0;
+    const long count = PyLong_AsLongAndOverflow(item, &overflow);
+    if (overflow != 0 || count < 0 || count > std::numeric_limits<int32_t>::max()) return false;
+    counts[expert] = static_cast<int32_t>(count);
+  }
+  return true;
+}
+
+// begin_call of a forward, in as few steps as the way from counts to plan may take. 0: nothing was
+// published, the counts are not what read_counts takes.
+uint64_t begin_forward(Domain& domain, int layer, int64_t micro_batch, uint32_t grad_bits,
+                       const py::list& list) {
+  CallHeader header;
+  const int32_t num_local_experts = domain.layout().layer(layer).num_local_experts;
+  if (!read_counts(list, static_cast<std::size_t>(num_local_experts), header.counts)) return 0;
+  header.layer = layer;
+  header.micro_batch = micro_batch;
+  header.grad_bits = grad_bits;
+  const py::gil_scoped_release release;
+  return domain.begin(std::move(header), {}, 0);
+}
+
 // (expert_idx, peer rank, rows in the expert's kept order: start, end, row in the arena, slot)
 py::list routed_moves(const std::vector<RoutedMove>& moves, bool sent) {
   py::list list;
@@ -299,6 +330,8 @@ void bind_domain(py::module_& module) {
       .def("begin", &begin_call, py::arg("kind"), py::arg("layer"), py::arg("micro_batch"),
            py::arg("grad_bits"), py::arg("counts"), py::arg("error"), py::arg("moves"),
            py::arg("plan_hash"), py::arg("stream"))
+      .def("begin_forward", &begin_forward, py::arg("layer"), py::arg("micro_batch"),
+           py::arg("grad_bits"), py::arg("counts"))
       .def("wait_plan", &wait_plan)
       .def("post_rows", &post_rows, py::arg("rows"), py::arg("weights"), py::arg("first_row"))
       .def("await_rows", &Domain::await_rows, ReleaseGil())

@@ -1,6 +1,7 @@
 #include "device.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 
@@ -9,6 +10,8 @@ namespace {
 constexpr uint32_t kAnyReason = ~0u;
 // Longest sleep before a waiter looks at the poison mark again, whoever forgot to ring.
 constexpr std::chrono::milliseconds kLongestNap{200};
+// About what it costs to sleep on a futex and to be woken by another core.
+constexpr std::chrono::microseconds kPollBriefly{50};
 }  // namespace
 
 WaitResult Device::wait_host(Bell& bell, const std::function<bool()>& done,
@@ -21,6 +24,15 @@ WaitResult Device::wait_host(Bell& bell, const std::function<bool()>& done,
     if (now >= limits.deadline) return WaitResult::kTimedOut;
     bell.sleep(seen, kAnyReason, std::min(limits.deadline, now + kLongestNap));
   }
+}
+
+bool poll_briefly(const std::function<bool()>& done) {
+  const TimePoint end = Clock::now() + kPollBriefly;
+  while (!done()) {
+    if (Clock::now() >= end) return false;
+    sched_yield();
+  }
+  return true;
 }
 
 void name_this_thread(const std::string& name) {

@@ -123,6 +123,10 @@ class Device {
 std::unique_ptr<Device> make_host_device(const std::string& thread_name);
 
 // Names the calling thread for debuggers and profilers (15 characters are kept).
+// Looks for `done` for some tens of microseconds before anybody has to be woken for it, and gives
+// the core away between two looks: true if it came to be. Ranks that call together need no futex.
+bool poll_briefly(const std::function<bool()>& done);
+
 void name_this_thread(const std::string& name);
 
 }  // namespace feplb

@@ -165,7 +165,7 @@ uint64_t Domain::begin(CallHeader header, std::vector<Move> saved_moves,
   header.seq = seq_ + 1;
   header.config_hash = config_.config_hash;
   failure_.note_call(header.seq);
-  call_ = header;
+  call_ = CallName{header.kind, header.layer, header.micro_batch, header.seq};
   in_call_ = true;
   grads_posted_ = false;
   seq_ = header.seq;
@@ -179,8 +179,11 @@ const Agreement& Domain::wait_plan() {
   constexpr const char* kPhase = "waiting for the counts of all ranks";
   check_usable(kPhase);
   const auto done = [this] { return is_driven_ ? mover_.planned() : mover_.plan_now(); };
-  const WaitResult result = device_->wait_host(caller_bell_, done, limits());
-  if (!mover_.planned()) settle(result, kPhase, mover_.missing_headers());
+  if (is_driven_ || !poll_briefly(done)) {
+    mover_.await_headers();
+    const WaitResult result = device_->wait_host(caller_bell_, done, limits());
+    if (!mover_.planned()) settle(result, kPhase, mover_.missing_headers());
+  }
   const Agreement& agreement = mover_.agreement();
   if (!agreement.refusal.empty() || call_.kind == CallKind::kCheck) {  // nothing will move
     mover_.end();

@@ -48,6 +48,14 @@ struct DomainConfig {
   std::vector<int> names;   // [num_ranks], see CountBoard; empty: ranks are called by their index
 };
 
+// What messages call the call under way.
+struct CallName {
+  CallKind kind = CallKind::kForward;
+  int32_t layer = 0;
+  int64_t micro_batch = 0;
+  uint64_t seq = 0;
+};
+
 // Memory that the domain lives in; kept alive by the domain and by every view of the arena.
 struct DomainMemory {
   std::byte* board = nullptr;
@@ -132,7 +140,7 @@ class Domain {
   bool is_driven_ = false;  // the lane runs the mover (simulation): only it may plan
 
   uint64_t seq_ = 0;
-  CallHeader call_;
+  CallName call_;
   bool in_call_ = false;
   bool grads_posted_ = false;
 

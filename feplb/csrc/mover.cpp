@@ -95,12 +95,10 @@ void Mover::begin(CallHeader header, std::vector<Move> saved_moves) {
     submitted_level_.store(0, std::memory_order_relaxed);
     live_ = true;
   }
-  // The own mover may be asleep since the last call, when it wanted no headers. It need not wake
-  // for this one: a peer that publishes later rings it, and if none will, the caller plans
-  // (plan_now).
-  board_.bell(rank_).expect(kHeaderRing);
   board_.publish(rank_, header_);
 }
+
+void Mover::await_headers() { board_.bell(rank_).expect(kHeaderRing); }
 
 // A peer that has not published yet will find this header itself. The board's seq words are written
 // and read seq_cst, so of two ranks that publish at once, at least one sees the other.

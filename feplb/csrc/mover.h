@@ -49,10 +49,12 @@ class Mover {
   // -- the caller's side --
   void begin(CallHeader header, std::vector<Move> saved_moves);
   bool planned() const { return planned_.load(std::memory_order_acquire); }
+  void ring_waiting_peers();  // must follow begin()
   // Plans on the caller's thread if all headers are there: no hand-over between threads of one
-  // core. Must follow begin(), which wakes no mover for the header of its own rank.
+  // core. A mover that sleeps is not woken for headers (a peer would pay for the wake) before the
+  // caller has nothing left to do but to sleep too: await_headers().
   bool plan_now();
-  void ring_waiting_peers();                                 // must follow begin() too
+  void await_headers();
   const Agreement& agreement() const { return agreement_; }  // once planned()
   void post(Level level, Event ready, std::vector<Push> pushes);
   bool submitted(Level level) const;  // this level and every lower one, as far as posted

@@ -1,7 +1,7 @@
 // bulk_copy: every byte, and no other, at every alignment and around the sizes where its ways meet.
 #include <cstring>
 
-#include "bulk_copy.h"
+#include "../../feplb/csrc/bulk_copy.h"
 #include "check.h"
 
 namespace feplb_test {
