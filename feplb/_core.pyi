@@ -53,7 +53,7 @@ class Domain:
         num_slots: int,
         num_grad_slots: int,
         pids: list[int],
-        names: list[int],
+        global_ranks: list[int],
         board: SharedMemory,
         arenas: list[SharedMemory],
     ) -> None: ...

@@ -1,7 +1,8 @@
 """Balancer: the public door. Owns one domain's arena, board, lane and mover.
 
-One object per domain (the ranks that reach each other; for the host lane, the ranks of one host).
-Everything collective happens in the constructor and in ``check()``; ``close()`` needs nobody.
+One object per domain (the ranks that reach each other; for the host lane, the ranks of one host),
+found inside the group it is given. Everything collective happens in the constructor and in
+``check()``; ``close()`` needs nobody.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from .call import (
 )
 from .compute import ExpertCompute
 from .config import BalancerConfig, Environment, LayerSpec, read_environment
-from .connect import Peers, Reservation, connect, identity
+from .connect import Reservation, connect, identity
 from .late_grads import LateGrads, LateNode
 from .memory import MemoryReport, memory_report
+from .peers import Peers, find_domain
 from .two_phase import ForwardCall
 
 if TYPE_CHECKING:
@@ -131,14 +133,19 @@ class Balancer:
 
     Args:
         config: the same on every rank.
-        group: the process group of the domain's ranks; None without ``torch.distributed`` (one
-            rank). Kept for its lifetime; used in the constructor only.
+        group: the EP group; None without ``torch.distributed`` (one rank). Split by host into
+            domains, each of which balances its own rows. Kept for its lifetime; used in the
+            constructor and, where the group has several domains, in ``check()``.
         layers: one spec per layer index, the same on every rank. All layers share one arena.
     Raises:
         ValueError: ranks differ in config, specs, torch version or thread count (both named), or an
             argument is wrong.
-        RuntimeError: the machine cannot give what is asked for (shared memory too small, peers on
-            another host, a lane that does not carry data).
+        RuntimeError: the machine cannot give what is asked for (shared memory too small, processes
+            that cannot be watched, a lane that does not carry data).
+    Attributes:
+        rank, num_ranks: this rank's place in its domain, and the domain's size.
+        global_rank, global_ranks: the same in the numbers of the job, as messages have them.
+        memory: what this rank reserves.
     Thread/stream: collective over ``group``, blocks. Starts three threads per rank.
     """
 
@@ -163,17 +170,22 @@ class Balancer:
         self._late: list[LateNode] = []
         self._records: dict[int, CallRecord] = {}
         self._seq = 0
-        self.rank, self.num_ranks = peers.rank, peers.num_ranks
+        domain = find_domain(peers, environment.domain, moves_nothing=self.policy == "none")
+        self.rank, self.num_ranks = domain.rank, domain.num_ranks
+        self.global_ranks = domain.global_ranks
+        self.global_rank = domain.global_ranks[domain.rank]
+        # The group, where it has other domains too.
+        self._group = peers if domain.num_ranks < peers.num_ranks else None
         reservation = self._reserve()
         self.memory = reservation.memory
         own = identity(config, self.policy, self.layers)
-        self.core, rate = connect(peers, own, environment, config, reservation)
+        self.core, rate = connect(peers, domain, own, environment, config, reservation)
         self._lane_gbps = config.lane_gbps or max(rate, _LEAST_GBPS)
         self._views: ArenaViews | None = ArenaViews(self.core, self.layers)
         self._stats_at_start: dict[str, int] = self.core.stats()
         logger.info(
-            "rank %d of %d: lane host, canary ok, %.1f GB/s\n%s",
-            self.rank, self.num_ranks, rate, self.memory,
+            "rank %d: domain of ranks %s, lane host, canary ok, %.1f GB/s\n%s",
+            self.global_rank, self.global_ranks, rate, self.memory,
         )  # fmt: skip
 
     def _reserve(self) -> Reservation:
@@ -251,7 +263,7 @@ class Balancer:
         try:
             if self._ticket is not None:
                 raise RuntimeError(
-                    f"begin of layer {layer} (rank {self.rank}): the call begun for layer "
+                    f"begin of layer {layer} (rank {self.global_rank}): the call begun for layer "
                     f"{self._ticket.layer} has not run. Nothing was sent. Run its experts first."
                 )
             micro_batch, grad_mode = self._next_micro_batch(layer), torch.is_grad_enabled()
@@ -345,11 +357,43 @@ class Balancer:
         Thread/stream: blocks, GIL released, until its deadline.
         """
         with self.one_caller("check"):
-            self.take_unconsumed()
-            self.core.drain()
-            self._begin(KIND_CHECK, -1, 0, 0, [])
-            self._agree("check()")
+            try:
+                self._end_step()
+            except RuntimeError as error:
+                if self._group is not None:
+                    with contextlib.suppress(RuntimeError):  # this rank has its own error to raise
+                        self._group.tell(str(error))
+                raise
+            if self._group is not None:
+                self._hear_other_domains(self._group)
             self._micro_batches = [0] * len(self.layers)
+
+    def _end_step(self) -> None:
+        """What ``check()`` does inside the domain."""
+        self.take_unconsumed()
+        self.core.drain()
+        self._begin(KIND_CHECK, -1, 0, 0, [])
+        self._agree("check()")
+
+    def _hear_other_domains(self, group: Peers) -> None:
+        """Meet the whole group: what went wrong in another domain ends the step here too."""
+        where = f"check() (rank {self.global_rank})"
+        try:
+            texts = group.hear(self.config.deadline_s)
+        except RuntimeError as error:
+            self.core.fail(f"{where}: not every domain of the group has answered")
+            raise RuntimeError(
+                f"{where}: not every domain of the group has answered within "
+                f"{self.config.deadline_s} s (deadline_s): {error}. The Balancer is closed; "
+                "results of this step must not be used."
+            ) from error
+        for rank, text in zip(group.global_ranks, texts, strict=True):
+            if text:
+                self.core.fail(f"rank {rank}, in another domain, has failed: {text}")
+                raise RuntimeError(
+                    f"{where}: rank {rank}, in another domain, has failed: {text} The Balancer is "
+                    "closed here too; results of this step must not be used."
+                )
 
     def close(self) -> None:
         """End threads and lane, and give the memory back. Idempotent, not collective.
@@ -360,11 +404,13 @@ class Balancer:
         if self._closed:
             return
         if not self._caller.acquire(blocking=False):
-            self.core.fail(f"rank {self.rank} closed its Balancer during a call of another thread")
+            self.core.fail(
+                f"rank {self.global_rank} closed its Balancer during a call of another thread"
+            )
             if not self._caller.acquire(timeout=self.config.deadline_s):
                 raise RuntimeError(
-                    f"close (rank {self.rank}): another thread is inside a call and has not left "
-                    f"it for {self.config.deadline_s} s. Nothing was given back."
+                    f"close (rank {self.global_rank}): another thread is inside a call and has "
+                    f"not left it for {self.config.deadline_s} s. Nothing was given back."
                 )
         self._closed = True
         self._caller.release()
@@ -401,7 +447,7 @@ class Balancer:
     def _spec(self, layer: int) -> LayerSpec:
         if not self._knows(layer):
             raise ValueError(
-                f"layer={layer!r} (rank {self.rank}), expected 0 to {len(self.layers) - 1}"
+                f"layer={layer!r} (rank {self.global_rank}), expected 0 to {len(self.layers) - 1}"
             )
         return self.layers[layer]
 
@@ -416,7 +462,7 @@ class Balancer:
         """The ticket of the call that was begun, if any; a wrong one ends it on all ranks."""
         begun, self._ticket = self._ticket, None
         if begun is not None and (ticket is not begun or begun.layer != layer):
-            text = f"rank {self.rank}: {_ticket_error(layer, ticket, begun)}"
+            text = f"rank {self.global_rank}: {_ticket_error(layer, ticket, begun)}"
             self.core.fail(text)
             raise RuntimeError(text)
         return begun
@@ -462,12 +508,13 @@ class Balancer:
     def enter(self, what: str) -> None:
         """Become the one caller, until ``leave``."""
         if self._closed:
-            where = f"{what} (rank {self.rank})"
+            where = f"{what} (rank {self.global_rank})"
             raise RuntimeError(f"{where}: the Balancer is closed. Build a new one.")
         if not self._caller.acquire(blocking=False):
             raise RuntimeError(
-                f"{what} (rank {self.rank}): another thread is inside a call of this Balancer. "
-                "Nothing was sent. Make one call at a time, in the same order on every rank."
+                f"{what} (rank {self.global_rank}): another thread is inside a call of this "
+                "Balancer. Nothing was sent. Make one call at a time, in the same order on every "
+                "rank."
             )
 
     def leave(self) -> None:
@@ -507,7 +554,7 @@ class Balancer:
 
     def _refuse(self, layer: int, micro_batch: int, error: Exception) -> NoReturn:
         """Publish this rank's error, so that no peer waits for it, and raise it."""
-        text = f"{error} (rank {self.rank}, layer {layer}, micro-batch {micro_batch})"
+        text = f"{error} (rank {self.global_rank}, layer {layer}, micro-batch {micro_batch})"
         named = layer if isinstance(layer, int) else -1
         self._begin(KIND_FORWARD, named, micro_batch, 0, [], error=text)
         self.core.wait_plan()
@@ -529,14 +576,14 @@ class Balancer:
         refused_by, refusal = answer[:2]
         if refused_by >= 0 and refusal:
             raise RuntimeError(
-                f"{what} was refused by rank {refused_by}: {refusal}. Nothing was sent; the "
-                "Balancer stays usable."
+                f"{what} was refused by rank {self.global_ranks[refused_by]}: {refusal}. Nothing "
+                "was sent; the Balancer stays usable."
             )
         return answer
 
     def wait_plan(self, layer: int, counts: Sequence[int]) -> Agreement:
         """Wait for all counts and the plan; blocks until the deadline, GIL released."""
-        answer = self._agree(f"layer {layer} (rank {self.rank})")
+        answer = self._agree(f"layer {layer} (rank {self.global_rank})")
         _, _, moves, plan_hash, sent, received, all_counts, plan_ns = answer
         agreement = Agreement(
             seq=self._seq,

@@ -5,8 +5,9 @@ equal on every rank: construction compares them and names the ranks that differ.
 
 Environment (read once, by ``read_environment``): ``FEPLB_LOG`` a logging level for the ``feplb``
 logger; ``FEPLB_LANE`` the lane where the config says ``lane="auto"``; ``FEPLB_OFF=1`` turns every
-policy into ``none``. Any other ``FEPLB_*`` variable is an error: a misspelt switch must not pass
-silently.
+policy into ``none``; ``FEPLB_DOMAIN`` names the domain of this rank where its host's name would not
+do (containers that share a host but no memory). Any other ``FEPLB_*`` variable is an error: a
+misspelt switch must not pass silently.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 
 LANES = ("auto", "host")
 POLICIES = ("none", "greedy")
-_KNOWN_VARIABLES = ("FEPLB_LOG", "FEPLB_LANE", "FEPLB_OFF")
+_KNOWN_VARIABLES = ("FEPLB_LOG", "FEPLB_LANE", "FEPLB_OFF", "FEPLB_DOMAIN")
 # Measured: GEMM bits change with 1 to 3 rows at addresses that are not multiples of this.
 _BYTE_MULTIPLE = 16
 
@@ -36,6 +37,7 @@ class Environment:
     log_level: str | None
     lane: str | None
     off: bool
+    domain: str | None
     job_id: str
     restart_count: str
 
@@ -62,6 +64,7 @@ def read_environment() -> Environment:
         log_level=os.environ.get("FEPLB_LOG"),
         lane=lane,
         off=off == "1",
+        domain=os.environ.get("FEPLB_DOMAIN"),
         job_id="".join(c if c.isalnum() else "-" for c in job)[:32],
         restart_count=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )

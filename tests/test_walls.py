@@ -46,7 +46,7 @@ ORDER = [
     ["balancer"],
     ["two_phase"],
     ["late_grads", "arena_views", "arguments", "connect"],
-    ["call", "memory", "function_compute"],
+    ["call", "memory", "peers", "function_compute"],
     ["compute", "router", "dispatch", "scheduler"],
     ["config", "_core"],
 ]

@@ -152,7 +152,7 @@ std::vector<LayerShape> layer_shapes_from(const py::list& specs) {
 
 std::unique_ptr<Domain> domain_on_host(int rank, uint64_t config_hash, double deadline_s,
                                        const py::list& layers, int num_slots, int num_grad_slots,
-                                       std::vector<pid_t> pids, std::vector<int> names,
+                                       std::vector<pid_t> pids, std::vector<int> global_ranks,
                                        std::shared_ptr<SharedMemory> board,
                                        std::vector<std::shared_ptr<SharedMemory>> arenas) {
   DomainConfig config;
@@ -164,8 +164,9 @@ std::unique_ptr<Domain> domain_on_host(int rank, uint64_t config_hash, double de
   config.num_slots = num_slots;
   config.num_grad_slots = num_grad_slots;
   config.pids = std::move(pids);
-  config.names = std::move(names);
-  const int name = config.names.empty() ? rank : config.names[static_cast<std::size_t>(rank)];
+  config.global_ranks = std::move(global_ranks);
+  const int name =
+      config.global_ranks.empty() ? rank : config.global_ranks[static_cast<std::size_t>(rank)];
   DomainMemory memory;
   memory.board = board->data();
   for (const auto& arena : arenas) memory.arenas.push_back(arena->data());
@@ -321,7 +322,7 @@ void bind_domain(py::module_& module) {
   py::class_<Domain>(module, "Domain")
       .def(py::init(&domain_on_host), py::kw_only(), py::arg("rank"), py::arg("config_hash"),
            py::arg("deadline_s"), py::arg("layers"), py::arg("num_slots"),
-           py::arg("num_grad_slots"), py::arg("pids"), py::arg("names"), py::arg("board"),
+           py::arg("num_grad_slots"), py::arg("pids"), py::arg("global_ranks"), py::arg("board"),
            py::arg("arenas"))
       .def("open", &Domain::open, ReleaseGil())
       .def("prove_lane", &Domain::prove_lane, py::arg("bytes"), ReleaseGil())

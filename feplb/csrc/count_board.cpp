@@ -75,19 +75,19 @@ std::size_t CountBoard::bytes_needed(int num_ranks, int max_local_experts) {
 }
 
 CountBoard::CountBoard(std::byte* memory, int num_ranks, int max_local_experts,
-                       std::vector<int> names)
+                       std::vector<int> global_ranks)
     : memory_(memory),
       num_ranks_(num_ranks),
       max_local_experts_(max_local_experts),
-      names_(std::move(names)) {
+      global_ranks_(std::move(global_ranks)) {
   static_assert(std::atomic<uint64_t>::is_always_lock_free, "headers must be lock free");
-  const std::size_t num_names = names_.size();
-  FEPLB_CHECK(num_names == 0 || num_names == static_cast<std::size_t>(num_ranks), "names must be ",
-              num_ranks, ", got ", num_names);
+  const std::size_t num_given = global_ranks_.size();
+  FEPLB_CHECK(num_given == 0 || num_given == static_cast<std::size_t>(num_ranks),
+              "global_ranks must be ", num_ranks, ", got ", num_given);
 }
 
-int CountBoard::name(int rank) const {
-  return names_.empty() ? rank : names_[static_cast<std::size_t>(rank)];
+int CountBoard::global_rank(int rank) const {
+  return global_ranks_.empty() ? rank : global_ranks_[static_cast<std::size_t>(rank)];
 }
 
 CountBoard::RankBlock& CountBoard::block(int rank) const {
@@ -192,7 +192,7 @@ bool CountBoard::aborted() const {
 
 std::string CountBoard::abort_text() const {
   const auto& record = *reinterpret_cast<const AbortRecord*>(memory_);
-  return cat("rank ", name(record.rank), ": ", record.text);
+  return cat("rank ", global_rank(record.rank), ": ", record.text);
 }
 
 }  // namespace feplb

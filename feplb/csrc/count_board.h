@@ -71,13 +71,14 @@ class CountBoard {
  public:
   static std::size_t bytes_needed(int num_ranks, int max_local_experts);
 
-  // `memory` is zero-filled, 64-byte aligned, shared by all ranks, and outlives the board. `names`
-  // [num_ranks]: what messages call the ranks (a domain's rank 1 may be the job's rank 13); empty:
-  // by their index.
-  CountBoard(std::byte* memory, int num_ranks, int max_local_experts, std::vector<int> names = {});
+  // `memory` is zero-filled, 64-byte aligned, shared by all ranks, and outlives the board. Messages
+  // call the ranks by `global_ranks` [num_ranks] (a domain's rank 1 may be the job's rank 13);
+  // empty: by their index.
+  CountBoard(std::byte* memory, int num_ranks, int max_local_experts,
+             std::vector<int> global_ranks = {});
 
   int num_ranks() const { return num_ranks_; }
-  int name(int rank) const;
+  int global_rank(int rank) const;
 
   void publish(int rank, const CallHeader& header);
   uint64_t published_seq(int rank, uint64_t seq) const;  // of the slot that `seq` would lie in
@@ -108,7 +109,7 @@ class CountBoard {
   std::byte* memory_;
   int num_ranks_;
   int max_local_experts_;
-  std::vector<int> names_;
+  std::vector<int> global_ranks_;
 };
 
 }  // namespace feplb

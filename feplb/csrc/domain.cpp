@@ -36,7 +36,8 @@ Domain::Domain(DomainConfig config, DomainMemory memory, std::unique_ptr<Device>
     : config_(std::move(config)),
       memory_(std::move(memory)),
       layout_(config_.layers, config_.num_slots, config_.num_grad_slots),
-      board_(memory_.board, config_.num_ranks, max_local_experts(config_.layers), config_.names),
+      board_(memory_.board, config_.num_ranks, max_local_experts(config_.layers),
+             config_.global_ranks),
       device_(std::move(device)),
       failure_(board_, config_.rank, caller_bell_),
       mover_(config_.rank, layout_, board_, *device_, failure_, caller_bell_),
@@ -63,7 +64,7 @@ void Domain::open() {
   crew.peer_died = [this](int rank) { watchdog_.peer_died(rank); };
   is_driven_ = device_->drive(std::move(crew));
   if (is_driven_) return;
-  const std::string name = cat("feplb-", own_name());
+  const std::string name = cat("feplb-", own_global_rank());
   mover_thread_ = Worker(name + "-mover", [this] { mover_.run(); });
   watchdog_thread_ = Worker(name + "-watch", [this] { watchdog_.run(); });
 }
@@ -86,7 +87,7 @@ bool Domain::forked() const { return getpid() != pid_; }
 void Domain::refuse_fork(const char* phase) const {
   if (forked()) {
     throw Error(cat("feplb was called in a process forked after its Balancer was built (", phase,
-                    ", rank ", own_name(), ", pid ", getpid(), ", built in pid ", pid_,
+                    ", rank ", own_global_rank(), ", pid ", getpid(), ", built in pid ", pid_,
                     "). Nothing was sent. Build a Balancer in this process, or call it only in the "
                     "one that built it."));
   }
@@ -95,7 +96,7 @@ void Domain::refuse_fork(const char* phase) const {
 void Domain::check_usable(const char* phase) {
   refuse_fork(phase);
   if (closed_) {
-    throw Error(cat("the Balancer is closed (", phase, ", rank ", own_name(),
+    throw Error(cat("the Balancer is closed (", phase, ", rank ", own_global_rank(),
                     "). Nothing was sent. Build a new one."));
   }
   check_failure(phase);
@@ -108,7 +109,7 @@ void Domain::check_failure(const char* phase) {
 }
 
 std::string Domain::where(const char* phase) const {
-  std::string text = cat("feplb failed while ", phase, " (rank ", own_name());
+  std::string text = cat("feplb failed while ", phase, " (rank ", own_global_rank());
   if (in_call_ && call_.kind == CallKind::kCheck) {
     text += ", check()";
   } else if (in_call_) {
@@ -217,7 +218,7 @@ void Domain::await_flag(int src_rank, FlagKind kind, uint64_t seq, const char* p
   const WaitLimits wait = limits();
   const WaitResult result = device_->wait_flag(flag, epoch, wait);
   const std::string peer =
-      cat("rank ", board_.name(src_rank), " (last seen: ", board_.last_seen(src_rank), ")");
+      cat("rank ", board_.global_rank(src_rank), " (last seen: ", board_.last_seen(src_rank), ")");
   if (result == WaitResult::kEnqueued) {
     watchdog_.watch(
         flag, epoch, wait.deadline,
@@ -352,7 +353,7 @@ double Domain::prove_lane(std::size_t bytes) {
     await_flag(src, kRowsFlag, 1, kPhase);
     for (std::size_t i = 0; i < bytes; ++i) {
       if (place(config_.rank, src)[i] == pattern(src, config_.rank, i)) continue;
-      failure_.poison(cat("byte ", i, " of rank ", board_.name(src), "'s pattern is ",
+      failure_.poison(cat("byte ", i, " of rank ", board_.global_rank(src), "'s pattern is ",
                           static_cast<int>(place(config_.rank, src)[i]), ", expected ",
                           static_cast<int>(pattern(src, config_.rank, i)),
                           ": this lane does not carry data"));

@@ -44,8 +44,8 @@ struct DomainConfig {
   std::vector<LayerShape> layers;
   int num_slots = 0;
   int num_grad_slots = 0;
-  std::vector<pid_t> pids;  // [num_ranks]
-  std::vector<int> names;   // [num_ranks], see CountBoard; empty: ranks are called by their index
+  std::vector<pid_t> pids;        // [num_ranks]
+  std::vector<int> global_ranks;  // [num_ranks], see CountBoard
 };
 
 // What messages call the call under way.
@@ -123,7 +123,7 @@ class Domain {
   void let_go_of_inputs();
   [[noreturn]] void raise(const std::string& what);
   std::string where(const char* phase) const;
-  int own_name() const { return board_.name(config_.rank); }
+  int own_global_rank() const { return board_.global_rank(config_.rank); }
   bool forked() const;
 
   DomainConfig config_;

@@ -48,25 +48,25 @@ bool same_grad_bits(uint32_t a, uint32_t b) {
 }
 
 // Empty if the two ranks mean the same call; else what differs, naming both sides.
-std::string disagreement(int name_a, const CallHeader& a, int name_b, const CallHeader& b) {
+std::string disagreement(int rank_a, const CallHeader& a, int rank_b, const CallHeader& b) {
   if (a.kind != b.kind || a.layer != b.layer || a.micro_batch != b.micro_batch) {
-    return cat("ranks call in different order: rank ", name_a, " began the ", describe(a),
-               ", rank ", name_b, " the ", describe(b),
+    return cat("ranks call in different order: rank ", rank_a, " began the ", describe(a),
+               ", rank ", rank_b, " the ", describe(b),
                ". Every rank must run the same layers in the same order, forward and backward.");
   }
   if (a.config_hash != b.config_hash) {
-    return cat("ranks differ in their config: rank ", name_a, " has hash ", a.config_hash,
-               ", rank ", name_b, " has ", b.config_hash);
+    return cat("ranks differ in their config: rank ", rank_a, " has hash ", a.config_hash,
+               ", rank ", rank_b, " has ", b.config_hash);
   }
   if (!same_grad_bits(a.grad_bits, b.grad_bits)) {
-    return cat("ranks differ in what needs a gradient: rank ", name_a, " has ",
-               describe_grad_bits(a.grad_bits), "; rank ", name_b, " has ",
+    return cat("ranks differ in what needs a gradient: rank ", rank_a, " has ",
+               describe_grad_bits(a.grad_bits), "; rank ", rank_b, " has ",
                describe_grad_bits(b.grad_bits),
                ". Use one grad mode on all ranks and freeze a layer's experts on all or none.");
   }
   if (a.plan_hash != b.plan_hash) {
-    return cat("ranks saved different plans for the ", describe(a), ": rank ", name_a, " has hash ",
-               a.plan_hash, ", rank ", name_b, " has ", b.plan_hash);
+    return cat("ranks saved different plans for the ", describe(a), ": rank ", rank_a, " has hash ",
+               a.plan_hash, ", rank ", rank_b, " has ", b.plan_hash);
   }
   return "";
 }
@@ -242,8 +242,9 @@ void Mover::choose_moves() {
 bool Mover::check_headers(const std::vector<CallHeader>& headers) {
   agreement_.refusal.clear();
   for (std::size_t rank = 1; rank < headers.size(); ++rank) {
-    const std::string text = disagreement(board_.name(0), headers[0],
-                                          board_.name(static_cast<int>(rank)), headers[rank]);
+    const std::string text =
+        disagreement(board_.global_rank(0), headers[0], board_.global_rank(static_cast<int>(rank)),
+                     headers[rank]);
     if (!text.empty() && headers[0].error.empty() && headers[rank].error.empty()) {
       failure_.poison(text);
       return false;
@@ -331,7 +332,7 @@ std::string Mover::missing_headers() const {
   std::string text;
   for (int rank = 0; rank < board_.num_ranks(); ++rank) {
     if (board_.published_seq(rank, header_.seq) == header_.seq) continue;
-    text += cat(text.empty() ? "" : ", ", "rank ", board_.name(rank),
+    text += cat(text.empty() ? "" : ", ", "rank ", board_.global_rank(rank),
                 " (last seen: ", board_.last_seen(rank),
                 board_.state(rank) == RankState::kClosed ? ", has closed its Balancer" : "", ")");
   }
@@ -343,7 +344,7 @@ std::string Mover::withheld() const {
   std::string text;
   for (const Job& job : jobs_) {
     for (const Push& push : job.pushes) {
-      text += cat(text.empty() ? "" : ", ", "rank ", board_.name(push.dst_rank),
+      text += cat(text.empty() ? "" : ", ", "rank ", board_.global_rank(push.dst_rank),
                   " (last seen: ", board_.last_seen(push.dst_rank), ")");
     }
   }

@@ -18,10 +18,10 @@ namespace {
 constexpr int kNapMs = 250;
 constexpr int kLiftMs = 2;
 
-Fd open_pidfd(int name, pid_t pid) {
+Fd open_pidfd(int rank, pid_t pid) {
   Fd fd(static_cast<int>(syscall(SYS_pidfd_open, pid, 0)));
   if (!fd) {
-    throw Error(cat(errno_text(cat("pidfd_open of rank ", name, " (pid ", pid, ")"), errno),
+    throw Error(cat(errno_text(cat("pidfd_open of rank ", rank, " (pid ", pid, ")"), errno),
                     "; ranks of one domain must see each other's processes (Linux 5.3 or newer, "
                     "one pid namespace)"));
   }
@@ -41,7 +41,7 @@ Watchdog::Watchdog(int rank, const std::vector<pid_t>& pids, CountBoard& board, 
   for (std::size_t peer = 0; peer < pids.size(); ++peer) {
     if (static_cast<int>(peer) == rank || pids[peer] == getpid()) continue;
     const int at = static_cast<int>(peer);
-    peers_.push_back(Peer{at, pids[peer], open_pidfd(board.name(at), pids[peer])});
+    peers_.push_back(Peer{at, pids[peer], open_pidfd(board.global_rank(at), pids[peer])});
   }
 }
 
@@ -89,7 +89,7 @@ void Watchdog::look_at_peers() {
 
 void Watchdog::peer_died(int rank) {
   if (board_.state(rank) == RankState::kClosed) return;
-  failure_.poison(cat("peer rank ", board_.name(rank), " (pid ",
+  failure_.poison(cat("peer rank ", board_.global_rank(rank), " (pid ",
                       pids_[static_cast<std::size_t>(rank)],
                       ") died; last seen: ", board_.last_seen(rank)));
 }
