@@ -139,14 +139,17 @@ def kept_segments(counts: Sequence[int], sent: Sequence[RoutedMove]) -> list[Seg
     for move in sent:
         taken.setdefault(move.expert_idx, []).append((move.row_start, move.row_end))
     segments: list[Segment] = []
-    for expert, first in enumerate(first_rows(counts)):
+    first = 0
+    for expert, count in enumerate(counts):
         at = 0
-        for start, end in sorted(taken.get(expert, [])):
-            if start > at:
-                segments.append((first + at, first + start, expert))
-            at = end
-        if counts[expert] > at:
-            segments.append((first + at, first + counts[expert], expert))
+        if expert in taken:
+            for start, end in sorted(taken[expert]):
+                if start > at:
+                    segments.append((first + at, first + start, expert))
+                at = end
+        if count > at:
+            segments.append((first + at, first + count, expert))
+        first += count
     return segments
 
 
