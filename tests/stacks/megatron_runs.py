@@ -212,7 +212,7 @@ def draw_weights(model: nn.Module, chunk: int) -> None:
             generator = torch.Generator().manual_seed(seed)
             if "layernorm" not in name:
                 width = parameter.shape[-1]
-                scale = 0.5 if "router" in name else 1 / width**0.5
+                scale = 1.0 if "router" in name else 1 / width**0.5
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
 
 

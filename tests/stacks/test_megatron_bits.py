@@ -18,6 +18,7 @@ from megatron_runs import Run, train
 from ranks import run_ranks
 from torch import nn
 
+LONG, SHORT = 20, 2  # steps: where a line of docs/megatron.md rests on it, and elsewhere
 RECOMPUTE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 OVERLAP = {"overlap_grad_reduce": True}
 DISTRIBUTED = {"use_distributed_optimizer": True}
@@ -73,11 +74,11 @@ def _prepare_flex() -> None:
 FLEX = {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
 
 CASES: dict[str, dict[str, Any]] = {
-    "alltoall": {"steps": 4},
+    "alltoall": {"steps": LONG},
     "allgather": {"settings": {"moe_token_dispatcher_type": "allgather"}},
-    "flex_deepep": {"settings": FLEX},
+    "flex_deepep": {"steps": LONG, "settings": FLEX},
     "flex_deepep_recompute": {"settings": {**FLEX, **RECOMPUTE}},
-    "moe_recompute": {"settings": RECOMPUTE},
+    "moe_recompute": {"steps": LONG, "settings": RECOMPUTE},
     "full_recompute": {
         "settings": {
             "recompute_granularity": "full",
@@ -85,14 +86,15 @@ CASES: dict[str, dict[str, Any]] = {
             "recompute_num_layers": 1,
         }
     },
-    "overlapped_grad_reduce": {"ddp": OVERLAP},
+    "overlapped_grad_reduce": {"steps": LONG, "ddp": OVERLAP},
     "overlapped_grad_reduce_recompute": {"ddp": OVERLAP, "settings": RECOMPUTE},
-    "distributed_optimizer": {"ep": 2, "ddp": {**OVERLAP, **DISTRIBUTED}},
+    "distributed_optimizer": {"steps": LONG, "ep": 2, "ddp": {**OVERLAP, **DISTRIBUTED}},
     "overlapped_param_gather": {
+        "steps": LONG,
         "ep": 2,
         "ddp": {**OVERLAP, **DISTRIBUTED, "overlap_param_gather": True},
     },
-    "pp2": {"ep": 2, "pp": 2},
+    "pp2": {"steps": LONG, "ep": 2, "pp": 2},
     "interleaved_pp2": {"ep": 2, "pp": 2, "vpp": 2, "num_layers": 4, "micro_batches": 4},
     "interleaved_pp2_overlap": {
         "ep": 2,
@@ -164,7 +166,7 @@ def run_cases(rank: int, num_ranks: int, names: list[str]) -> dict[str, Any]:
     for name in names:
         try:
             PREPARE.get(name, lambda: None)()
-            run = {"steps": 2, **CASES[name]}
+            run = {"steps": SHORT, **CASES[name]}
             results[name] = {p: train(Run(policy=p, **run)) for p in (None, "none", "greedy")}
         except Exception:
             results[name] = traceback.format_exc()
@@ -183,7 +185,7 @@ class Outcomes:
         """Per rank what ``run_cases`` has for this case."""
         if name not in self._found:
             names = [other for other in self._names if _topology(other) == _topology(name)]
-            ranks = run_ranks(run_cases, 4, names, timeout_s=30.0 + 25.0 * len(names))
+            ranks = run_ranks(run_cases, 4, names, timeout_s=60.0 + 25.0 * len(names))
             for other in names:
                 self._found[other] = [by_case.get(other, NOT_RUN) for by_case in ranks]
         return self._found[name]
