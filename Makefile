@@ -3,6 +3,7 @@
 #   make demo    train with and without feplb, kill a rank: one screen and a picture in out/
 #                (make demo ARGS="--text PATH" for another text)
 #   make test    all tests
+#   make test-stacks   against Megatron-Core 0.16.1, on the CPU
 #   make check   ruff, mypy, clang-format, the walls
 #
 # PYTHON=... chooses the interpreter. A system torch of 2.8 or newer is used; else the CPU wheel is
@@ -14,6 +15,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 
 TORCH := 2.13.0
+MEGATRON := 0.16.1
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 HAS_TORCH := -c 'import sys, torch; sys.exit([int(n) for n in torch.__version__.split(".")[:2]] < [2, 8])'
 
@@ -22,7 +24,7 @@ CLANG_FORMAT := -c 'from clang_format import clang_format; clang_format()'
 
 BUILT_FROM := pyproject.toml setup.py $(wildcard feplb/csrc/*.cpp feplb/csrc/*.h)
 
-.PHONY: help demo test check
+.PHONY: help demo test test-stacks check
 .DELETE_ON_ERROR:
 
 help:
@@ -34,6 +36,11 @@ demo: $(VENV)/.demo
 # pytest's status 5, no tests ran, is a failure like any other.
 test: $(VENV)/.dev
 	$(RUN) -m pytest $(ARGS)
+
+# Not among its requirements: what megatron-core wants beside torch and numpy is for GPUs.
+test-stacks: $(VENV)/.dev
+	@$(PIP) --no-deps 'megatron-core==$(MEGATRON)' packaging
+	$(RUN) -m pytest $(ARGS) -W ignore tests/stacks
 
 check: $(VENV)/.dev
 	$(RUN) -m ruff check .
