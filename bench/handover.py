@@ -99,7 +99,7 @@ def run_rank(rank: int, job: Job) -> None:
                 barrier.wait()
                 start = time.perf_counter_ns()
                 ticket = balancer.begin(counts, layer=0)
-                balancer.core.wait_plan()
+                balancer.domain.core.wait_plan()
                 times_us.append((time.perf_counter_ns() - start) / 1000)
                 balancer.run_experts(
                     rows, counts, weights, SwiGLU() if job.after_experts else nothing,

@@ -167,12 +167,12 @@ def hash_of(model: nn.Module) -> str:
 
 def record_loads(balancer: Any, result: Result) -> None:
     """What the latest call of every layer decided."""
-    from feplb.integrations.megatron import load_imbalance
+    from feplb.integrations.megatron import imbalances
 
     for layer in range(len(balancer.layers)):
         call = balancer.last_call(layer)
-        result.loads.append(load_imbalance(call))
-        moved = int((call.moves[:, 4] - call.moves[:, 3]).sum())
+        result.loads.append(imbalances(call))
+        moved = call.num_rows_moved
         result.rows.append((int(call.counts.sum()), moved))
 
 

@@ -55,17 +55,11 @@ class RunRecord:
         """Record the latest forward call of every layer."""
         calls = [balancer.last_call(layer) for layer in range(len(balancer.layers))]
         made = [call for call in calls if call is not None]
-        before = [call.counts.sum(axis=1) for call in made]
-        after = [loads.copy() for loads in before]
-        for call, loads in zip(made, after, strict=True):
-            for _, owner_rank, dst_rank, row_start, row_end in call.moves.tolist():
-                loads[owner_rank] -= row_end - row_start
-                loads[dst_rank] += row_end - row_start
-        self.loads_before.append([loads.tolist() for loads in before])
-        self.loads_after.append([loads.tolist() for loads in after])
+        self.loads_before.append([call.loads_before.tolist() for call in made])
+        self.loads_after.append([call.loads_after.tolist() for call in made])
         self.hottest_expert.append([int(call.counts.max()) for call in made])
         self.num_moves.append([len(call.moves) for call in made])
-        self.rows_moved.append([int((call.moves[:, 4] - call.moves[:, 3]).sum()) for call in made])
+        self.rows_moved.append([call.num_rows_moved for call in made])
         self.plan_us.append([call.plan_us for call in made])
 
 

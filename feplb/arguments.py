@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,16 +70,24 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torc
         )
 
 
+def _check_lengths(
+    name: str, what: str, tensors: Sequence[Sequence[Any] | Tensor], spec: LayerSpec
+) -> None:
+    """One entry per tensor of an expert, each with one per local expert."""
+    if len(tensors) != len(spec.weights):
+        raise ValueError(f"{len(tensors)} {what}, expected {len(spec.weights)}")
+    for t, experts in enumerate(tensors):
+        if len(experts) != spec.num_local_experts:
+            raise ValueError(
+                f"{name}[{t}] has {len(experts)} experts, expected {spec.num_local_experts}"
+            )
+
+
 def check_weights(layout: WeightLayout, flat: Sequence[Tensor], spec: LayerSpec) -> None:
     """Weights against the spec; all experts of a tensor take gradients, or none."""
     views = layout.per_tensor(flat)
-    if len(views) != len(spec.weights):
-        raise ValueError(f"{len(views)} weight tensors per expert, expected {len(spec.weights)}")
+    _check_lengths("weights", "weight tensors per expert", views, spec)
     for t, (view, want) in enumerate(zip(views, spec.weights, strict=True)):
-        if len(view) != spec.num_local_experts:
-            raise ValueError(
-                f"weights[{t}] has {len(view)} experts, expected {spec.num_local_experts}"
-            )
         for expert in [view[0]] if isinstance(view, Tensor) else view:
             if tuple(expert.shape) != want.shape or expert.dtype != want.dtype:
                 raise ValueError(
@@ -99,13 +108,8 @@ def check_sinks(sinks: Sequence[Sequence[Tensor]] | None, spec: LayerSpec) -> No
     """grad_sinks[tensor][expert] against the spec; their dtype is the user's."""
     if sinks is None:
         return
-    if len(sinks) != len(spec.weights):
-        raise ValueError(f"{len(sinks)} grad_sinks, expected {len(spec.weights)}")
+    _check_lengths("grad_sinks", "grad_sinks", sinks, spec)
     for t, (sink, want) in enumerate(zip(sinks, spec.weights, strict=True)):
-        if len(sink) != spec.num_local_experts:
-            raise ValueError(
-                f"grad_sinks[{t}] has {len(sink)} experts, expected {spec.num_local_experts}"
-            )
         if tuple(sink[0].shape) != want.shape:
             raise ValueError(
                 f"grad_sinks[{t}] of an expert is {tuple(sink[0].shape)}, expected {want.shape}"

@@ -59,6 +59,40 @@ class Agreement:
 
 
 @dataclass(frozen=True)
+class CallRecord:
+    """What one forward call of a layer decided, for reports.
+
+    Args:
+        counts: [num_ranks, E] rows per rank and expert.
+        moves: [num_moves, 5] expert_idx, owner_rank, dst_rank, row_start, row_end.
+        plan_us: time the plan took in the mover, microseconds.
+    """
+
+    counts: np.ndarray
+    moves: np.ndarray
+    plan_us: float
+
+    @property
+    def num_rows_moved(self) -> int:
+        """Rows that another rank than their owner computed."""
+        return int((self.moves[:, 4] - self.moves[:, 3]).sum())
+
+    @property
+    def loads_before(self) -> np.ndarray:
+        """Rows of each rank as routed, [num_ranks]."""
+        loads: np.ndarray = self.counts.sum(axis=1, dtype=np.int64)
+        return loads
+
+    @property
+    def loads_after(self) -> np.ndarray:
+        """Rows that each rank computed, [num_ranks]."""
+        loads, num_rows = self.loads_before, self.moves[:, 4] - self.moves[:, 3]
+        np.subtract.at(loads, self.moves[:, 1], num_rows)
+        np.add.at(loads, self.moves[:, 2], num_rows)
+        return loads
+
+
+@dataclass(frozen=True)
 class WeightLayout:
     """How one call's weights, flattened for autograd, belong to tensors and experts.
 

@@ -7,7 +7,8 @@ Environment (read once, by ``read_environment``): ``FEPLB_LOG`` a logging level 
 logger; ``FEPLB_LANE`` the lane where the config says ``lane="auto"``; ``FEPLB_OFF=1`` turns every
 policy into ``none``; ``FEPLB_DOMAIN`` names the domain of this rank where its host's name would not
 do (containers that share a host but no memory). Any other ``FEPLB_*`` variable is an error: a
-misspelt switch must not pass silently.
+misspelt switch must not pass silently. Of CUDA's own, ``CUDA_DEVICE_MAX_CONNECTIONS`` and
+``CUDA_DEVICE_MAX_COPY_CONNECTIONS`` (``check_queues``).
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class Environment:
     domain: str | None
     job_id: str
     restart_count: str
+    cuda_connections: str | None
+    cuda_copy_connections: str | None
 
 
 def read_environment() -> Environment:
@@ -67,6 +70,8 @@ def read_environment() -> Environment:
         domain=os.environ.get("FEPLB_DOMAIN"),
         job_id="".join(c if c.isalnum() else "-" for c in job)[:32],
         restart_count=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        cuda_connections=os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"),
+        cuda_copy_connections=os.environ.get("CUDA_DEVICE_MAX_COPY_CONNECTIONS"),
     )
 
 
@@ -188,6 +193,8 @@ class BalancerConfig:
         gemm_gflops: this rank's expert GEMM rate in 10^9 operations per second, used only to size
             kept B (the work that hides the way back); None: 50 per CPU thread.
         lane_gbps: rate of the way back in 10^9 bytes per second; None: as measured at start-up.
+        allow_single_queue: on GPUs, accept ``CUDA_DEVICE_MAX_CONNECTIONS=1`` without a setting for
+            copies: they then wait behind kernels, and little is gained.
     """
 
     policy: str = "greedy"
@@ -199,6 +206,7 @@ class BalancerConfig:
     lane: str = "auto"
     gemm_gflops: float | None = None
     lane_gbps: float | None = None
+    allow_single_queue: bool = False
 
     def __post_init__(self) -> None:
         _require(self.policy in POLICIES, f"policy={self.policy!r}, expected one of {POLICIES}")
@@ -222,3 +230,19 @@ class BalancerConfig:
         if self.num_dynamic is None:
             return spec.num_local_experts
         return min(self.num_dynamic, spec.num_local_experts)
+
+
+def check_queues(environment: Environment, config: BalancerConfig) -> None:
+    """Refuse one hardware queue for kernels and copies together.
+
+    Raises:
+        ValueError: CUDA_DEVICE_MAX_CONNECTIONS=1 without the setting that gives copies their own.
+    """
+    is_single = environment.cuda_connections == "1"
+    has_own = environment.cuda_copy_connections not in (None, "1")
+    _require(
+        not is_single or has_own or config.allow_single_queue,
+        "CUDA_DEVICE_MAX_CONNECTIONS=1 puts kernels and copies into one queue. Set "
+        "CUDA_DEVICE_MAX_COPY_CONNECTIONS=8 beside it, before CUDA starts, or pass "
+        "BalancerConfig(allow_single_queue=True).",
+    )

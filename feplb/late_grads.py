@@ -11,16 +11,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .call import RoutedMove, WeightLayout
-
-if TYPE_CHECKING:
-    from .balancer import Balancer
+from .domain_calls import DomainCalls
 
 
 @dataclass
@@ -42,16 +40,19 @@ class LateGrads:
     grads: list[Tensor | None]  # what run_experts's backward returned, flat
     private: list[dict[int, Tensor]] | None = None  # per sent move, once taken
 
-    def take(self, balancer: Balancer) -> None:
+    def _await(self, domain: DomainCalls) -> list[dict[int, Tensor]]:
+        return domain.await_grads(self.seq, self.layer, self.sent, self.tensors)
+
+    def take(self, domain: DomainCalls) -> None:
         """Wait for the grads and copy them out of the arena. Blocks until the deadline."""
         if self.private is None:
-            views = balancer.await_grads(self)
+            views = self._await(domain)
             self.private = [{t: view[t].clone() for t in self.tensors} for view in views]
-            balancer.release_grads(self)
+            domain.release_grads(self.seq)
 
-    def add_to(self, balancer: Balancer, grads: list[Tensor | None]) -> None:
+    def add_to(self, domain: DomainCalls, grads: list[Tensor | None]) -> None:
         """Put every grad where it belongs: place it, or add it, in the plan's order."""
-        views = self.private if self.private is not None else balancer.await_grads(self)
+        views = self.private if self.private is not None else self._await(domain)
         targets = self.weights.per_tensor(grads)
         for move, place, view in zip(self.sent, self.placed, views, strict=True):
             for t in self.tensors:
@@ -62,7 +63,7 @@ class LateGrads:
                 elif targets[t] is not None:
                     targets[t][move.expert_idx].add_(view[t])
         if self.private is None:
-            balancer.release_grads(self)
+            domain.release_grads(self.seq)
 
 
 @dataclass
@@ -73,15 +74,20 @@ class LateNode:
     used: bool = False
     pending: LateGrads | None = None
 
+    def take(self, domain: DomainCalls) -> None:
+        """Take grads that no backward has asked for yet out of the arena."""
+        if self.pending is not None:
+            self.pending.take(domain)
+
 
 class _PrepareWeights(Function):
     """Identity whose backward adds the late weight grads of this layer."""
 
     @staticmethod
     def forward(
-        ctx: Any, balancer: Balancer, late: LateNode, *weights: Tensor
+        ctx: Any, domain: DomainCalls, late: LateNode, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.balancer = balancer
+        ctx.domain = domain
         ctx.late = late
         ctx.set_materialize_grads(False)
         return tuple(weight.view_as(weight) for weight in weights)
@@ -101,15 +107,15 @@ class _PrepareWeights(Function):
             results.append(grad if is_own or grad is None else grad.clone())
         if foreign:  # the weights have other uses: what stands there is not zero, so add
             pending = dataclasses.replace(pending, placed=(False,) * len(pending.placed))
-        pending.add_to(ctx.balancer, results)
-        ctx.balancer.forget(late)
+        pending.add_to(ctx.domain, results)
+        ctx.domain.forget(late)
         return (None, None, *results)
 
 
-def prepare_weights(balancer: Balancer, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def prepare_weights(domain: DomainCalls, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Identity on ``weights``, marked so that ``run_experts`` finds its late node."""
     late = LateNode(num_tensors=len(weights))
-    prepared: tuple[Tensor, ...] = _PrepareWeights.apply(balancer, late, *weights)
+    prepared: tuple[Tensor, ...] = _PrepareWeights.apply(domain, late, *weights)
     if any(weight.requires_grad for weight in prepared):
         for weight in prepared:
             weight._feplb_late = late  # type: ignore[attr-defined]

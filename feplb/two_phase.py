@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,18 +46,16 @@ from .call import (
     unpack_call,
 )
 from .compute import ExpertCompute, Saved, Segment
+from .config import LayerSpec
+from .domain_calls import DomainCalls
 from .late_grads import LateGrads, LateNode
-
-if TYPE_CHECKING:
-    from .balancer import Balancer
-    from .config import LayerSpec
 
 
 @dataclass
 class ForwardCall:
     """Everything of one call that is not a tensor; kept by the context for backward."""
 
-    balancer: Balancer
+    domain: DomainCalls
     layer: int
     spec: LayerSpec
     compute: ExpertCompute
@@ -88,16 +86,18 @@ class _ForwardPass:
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Returns (out [N, H], the packed plan)."""
-        call, core = self.call, self.call.balancer.core
+        call, core = self.call, self.call.domain.core
         if not call.begun:
-            call.balancer.publish_forward(call)
-        agreement = call.balancer.wait_plan(call.layer, call.counts)
-        with call.balancer.failing_all(call.layer, call.micro_batch, "forward"):
-            call.balancer.post_rows(
+            call.domain.publish_forward(
+                call.layer, call.micro_batch, call.bits.packed(), call.counts
+            )
+        agreement = call.domain.wait_plan(call.layer, call.counts)
+        with call.domain.failing_all(call.layer, call.micro_batch, "forward"):
+            call.domain.post_rows(
                 [self.rows, *self.row_data], self.weights, agreement.sent, call.counts
             )
             kept = kept_segments(call.counts, agreement.sent)
-            kept_a, kept_b = split_kept(kept, call.balancer.rows_in_kept_b(call.spec, agreement))
+            kept_a, kept_b = split_kept(kept, call.domain.rows_in_kept_b(call.spec, agreement))
             self._kept(kept_a)
             core.await_rows()
             self._received(agreement)
@@ -124,7 +124,7 @@ class _ForwardPass:
         if not agreement.received:
             self.saved.append(Saved(()))
             return
-        views = self.call.balancer.views.received(
+        views = self.call.domain.views.received(
             self.call.layer, KIND_FORWARD, agreement.seq, agreement.received
         )
         self.saved.append(
@@ -137,7 +137,7 @@ class _ForwardPass:
     def _place(self, agreement: Agreement) -> None:
         if agreement.sent:
             call = self.call
-            call.balancer.views.place_returns(
+            call.domain.views.place_returns(
                 call.layer, KIND_FORWARD, agreement.seq, agreement.sent, call.counts, [self.out]
             )
 
@@ -148,7 +148,7 @@ class _RunExperts(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, call: ForwardCall, rows: Tensor, *rest: Tensor) -> Tensor:
         del anchor  # its only use is to make this node exist on every rank
-        with call.balancer.own_precision():
+        with call.domain.own_precision():
             step = _ForwardPass(call, rows.detach(), [tensor.detach() for tensor in rest])
             out, packed = step.run()
         if call.bits.grad_mode:
@@ -164,7 +164,7 @@ class _RunExperts(torch.autograd.Function):
         call: ForwardCall = ctx.call
         # A checkpoint recomputes in here, which is a forward call of its own.
         saved = unpack_call(ctx.saved_tensors, call.states, len(call.spec.row_data))
-        with call.balancer.one_caller("backward"), call.balancer.own_precision():
+        with call.domain.one_caller("backward"), call.domain.own_precision():
             step = _BackwardPass(call, saved, grad_out.contiguous())
             step.run()
         return (None, None, step.grad_rows, *step.grad_row_data, *step.finish_weights())
@@ -209,14 +209,16 @@ class _BackwardPass:
         return grads
 
     def run(self) -> None:
-        call, core = self.call, self.call.balancer.core
-        call.balancer.take_unconsumed()
-        call.balancer.publish_backward(call, self.saved.plan_hash, self.saved.moves)
-        agreement = call.balancer.wait_plan(call.layer, call.counts)
+        call, core = self.call, self.call.domain.core
+        call.domain.take_unconsumed()
+        call.domain.publish_backward(
+            call.layer, call.micro_batch, call.bits.packed(), self.saved.plan_hash, self.saved.moves
+        )
+        agreement = call.domain.wait_plan(call.layer, call.counts)
         self.sent, self.seq = agreement.sent, agreement.seq
-        with call.balancer.failing_all(call.layer, self.saved.micro_batch, "backward"):
+        with call.domain.failing_all(call.layer, self.saved.micro_batch, "backward"):
             sources = [self.grad_out, self.saved.rows, *self.saved.row_data]
-            call.balancer.post_rows(sources, self.weights, agreement.sent, call.counts)
+            call.domain.post_rows(sources, self.weights, agreement.sent, call.counts)
             kept = kept_segments(call.counts, agreement.sent)
             kept_a, kept_b = kept[: self.saved.num_kept_a], kept[self.saved.num_kept_a :]
             self._kept(kept_a, self.saved.saved[0])
@@ -226,7 +228,7 @@ class _BackwardPass:
             core.await_returns()
             if agreement.sent:
                 targets: list[Tensor | None] = [self.grad_rows, *self.grad_row_data]
-                call.balancer.views.place_returns(
+                call.domain.views.place_returns(
                     call.layer, KIND_BACKWARD, agreement.seq, agreement.sent, call.counts, targets
                 )
             core.release_returns()
@@ -251,12 +253,12 @@ class _BackwardPass:
 
     def _received(self, agreement: Agreement) -> None:
         """dgrad of received rows, send it home; then their wgrad, send it home."""
-        call, core = self.call, self.call.balancer.core
+        call, core = self.call, self.call.domain.core
         if not agreement.received:
             core.post_returns()
             core.post_grads([])
             return
-        views = call.balancer.views.received(
+        views = call.domain.views.received(
             call.layer, KIND_BACKWARD, agreement.seq, agreement.received
         )
         grad_out, rows, row_data = views.rows[0], views.rows[1], views.rows[2:]
@@ -298,9 +300,10 @@ class _BackwardPass:
                 grads=self.flat_grads,
             )
             if call.late is not None:
-                call.balancer.announce(call.late, late)
+                call.late.pending = late
+                call.domain.announce(call.late)
             else:
-                late.add_to(call.balancer, self.flat_grads)
+                late.add_to(call.domain, self.flat_grads)
         return self.flat_grads
 
     def _add_to_sinks(self) -> None:

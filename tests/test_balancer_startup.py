@@ -4,6 +4,7 @@ better one can be built in the same processes. All attempts run in one spawn of 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import os
@@ -237,3 +238,29 @@ def test_mistake_of_one_rank_is_told_to_all(mistake: str) -> None:
     for rank, text in enumerate(texts):
         kind = "ValueError" if rank == ODD_RANK else "RuntimeError: rank 2 could not build"
         assert re.match(f"{kind}.*{message}", text), text
+
+
+ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "accepted"),
+    [
+        (ONE_QUEUE, False),
+        (ONE_QUEUE | {"CUDA_DEVICE_MAX_COPY_CONNECTIONS": "1"}, False),
+        (ONE_QUEUE | {"CUDA_DEVICE_MAX_COPY_CONNECTIONS": "8"}, True),
+        ({"CUDA_DEVICE_MAX_CONNECTIONS": "32"}, True),
+    ],
+)
+def test_one_queue_for_kernels_and_copies_is_refused_where_there_are_gpus(
+    variables: dict[str, str], accepted: bool
+) -> None:
+    allowed = contextlib.nullcontext()
+    refused = pytest.raises(ValueError, match="Set CUDA_DEVICE_MAX_COPY_CONNECTIONS=8 beside it")
+    spec = [layer_spec()]
+    with mock.patch.dict(os.environ, variables):
+        Balancer(BalancerConfig(), layers=spec).close()  # without a GPU nobody asks
+        with mock.patch("torch.cuda.is_available", return_value=True):
+            Balancer(BalancerConfig(allow_single_queue=True), layers=spec).close()
+            with allowed if accepted else refused:
+                Balancer(BalancerConfig(), layers=spec).close()

@@ -126,7 +126,7 @@ def greedy_against_none(kit: Kit) -> list[tuple[bool, int]]:
                     balancer.check()
                     record = balancer.last_call(0)
                     assert record is not None
-                    num_moved += int((record.moves[:, 4] - record.moves[:, 3]).sum())
+                    num_moved += record.num_rows_moved
         pairs = zip(arms["none"], arms["greedy"], strict=True)
         outcomes.append((all(same_bits(*pair) for pair in pairs), num_moved))
     return outcomes

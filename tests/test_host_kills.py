@@ -141,9 +141,9 @@ def rank_program(rank: int, num_ranks: int, fall: Fall, stamp: str) -> dict[str,
     ]
     one_step(balancer, weights, lambda *_: None)
     assert len(balancer.last_call(LAYER).moves) >= 2  # type: ignore[union-attr]
-    core = FallingCore(balancer.core, fall, Path(stamp))
+    core = FallingCore(balancer.domain.core, fall, Path(stamp))
     if rank == fall.victim:
-        balancer.core = core
+        balancer.domain.core = core
 
     def at(during: str, layer: int, micro_batch: int) -> None:
         core.during = during if (layer, micro_batch) == (LAYER, MICRO_BATCH) else ""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from feplb.balancer import Balancer, CallRecord
 from feplb.config import BalancerConfig
+from feplb.scheduler import load_imbalance
 
-from .megatron_checks import check_config, check_queues, check_version
+from .megatron_checks import check_config, check_version
 from .megatron_experts import FEPLBExperts, FEPLBGroupedExperts
 
 __all__ = ["FEPLBExperts", "FEPLBGroupedExperts", "FEPLBMoELayer", "attach", "enable", "moe_layers"]
@@ -112,22 +113,14 @@ class FEPLBMoELayer(MoELayer):
         num_layers = self.config.num_layers + (getattr(self.config, "mtp_num_layers", None) or 0)
         names = ("load_imbalance", "load_imbalance_after")
         device = self.router.weight.device
-        for name, value in zip(names, load_imbalance(record), strict=True):
+        for name, value in zip(names, imbalances(record), strict=True):
             tensor = torch.full((), value, dtype=torch.float32, device=device)
             self._record_metric(name, tensor, self.layer_number, num_layers)
 
 
-def load_imbalance(record: CallRecord) -> tuple[float, float]:
+def imbalances(record: CallRecord) -> tuple[float, float]:
     """max / mean of the ranks' rows, as routed and as computed; 1.0 where there are none."""
-    before = record.counts.sum(axis=1)
-    after = before.copy()
-    for _, owner_rank, dst_rank, row_start, row_end in record.moves.tolist():
-        after[owner_rank] -= row_end - row_start
-        after[dst_rank] += row_end - row_start
-    mean = before.mean()
-    if mean == 0:
-        return 1.0, 1.0
-    return float(before.max() / mean), float(after.max() / mean)
+    return load_imbalance(record.loads_before), load_imbalance(record.loads_after)
 
 
 def _metric_recorder() -> Callable[..., None]:
@@ -279,13 +272,7 @@ def moe_layers(model: nn.Module | Sequence[nn.Module]) -> list[FEPLBMoELayer]:
     return [m for chunk in chunks for m in chunk.modules() if isinstance(m, FEPLBMoELayer)]
 
 
-def attach(
-    model: nn.Module | Sequence[nn.Module],
-    *,
-    num_tokens: int,
-    environment: Mapping[str, str] | None = None,
-    allow_single_queue: bool = False,
-) -> Balancer | None:
+def attach(model: nn.Module | Sequence[nn.Module], *, num_tokens: int) -> Balancer | None:
     """Build one Balancer for all MoE layers on this rank and give it to them.
 
     Collective over the EP group, once, after the model is built; before or after it is wrapped in
@@ -296,15 +283,13 @@ def attach(
         num_tokens: tokens that one rank's MoE layer sees in a micro-batch (sequence length x
             micro-batch size / ranks that share a sequence). Sizes the memory feplb reserves; larger
             micro-batches run too, and what does not fit is not moved.
-        environment: of the process (``os.environ``), to check the CUDA queues; None: not checked.
-        allow_single_queue: accept CUDA_DEVICE_MAX_CONNECTIONS=1 without its setting for copies.
     Returns:
         The Balancer; None on a pipeline stage without MoE layers.
     Raises:
         ValueError: no balanced layer in a model without a pipeline, a Balancer attached already,
-            layers that differ in their EP group or BalancerConfig, experts that feplb cannot move.
+            layers that differ in their EP group or BalancerConfig, experts that feplb cannot move,
+            on GPUs CUDA_DEVICE_MAX_CONNECTIONS=1 without its setting for copies.
     """
-    check_queues(environment or {}, allow_single_queue=allow_single_queue)
     layers = moe_layers(model)
     if not layers:
         if _is_pipelined():
@@ -336,7 +321,7 @@ def _unique_experts(layers: Sequence[FEPLBMoELayer]) -> Iterator[Any]:
 def _check_layers(layers: Sequence[FEPLBMoELayer], model: Any) -> None:
     for layer in layers:
         attached = layer.experts.balancer
-        if attached is not None and not attached._closed:
+        if attached is not None and not attached.closed:
             raise ValueError(
                 f"attach: MoE layer {layer.layer_number} has a Balancer already. Call attach once, "
                 "with all model chunks of the rank; close() the old one to attach another."

@@ -6,7 +6,7 @@ during training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core import __version__ as megatron_version
@@ -175,22 +175,3 @@ def check_config(config: Any) -> None:
     for is_on, name, reason, change in _REFUSED:
         if is_on(config):
             raise ValueError(f"feplb does not work with {name}: {reason}. {change}")
-
-
-def check_queues(environment: Mapping[str, str], *, allow_single_queue: bool = False) -> None:
-    """Refuse one hardware queue for kernels and copies together.
-
-    Args:
-        environment: of the process, with the ``CUDA_DEVICE_*`` variables.
-        allow_single_queue: accept it: copies then wait behind kernels, and little is gained.
-    Raises:
-        ValueError: CUDA_DEVICE_MAX_CONNECTIONS=1 without the setting for copies.
-    """
-    is_single = environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1"
-    copies = environment.get("CUDA_DEVICE_MAX_COPY_CONNECTIONS", "1")
-    if is_single and copies == "1" and not allow_single_queue:
-        raise ValueError(
-            "CUDA_DEVICE_MAX_CONNECTIONS=1 puts kernels and copies into one queue. Set "
-            "CUDA_DEVICE_MAX_COPY_CONNECTIONS=8 beside it, before CUDA starts, or pass "
-            "allow_single_queue=True."
-        )

@@ -343,13 +343,13 @@ class Trainer:
         self.losses.extend(float(loss["loss"]) for loss in losses)
 
     def _record_calls(self) -> None:
-        from feplb.integrations.megatron import load_imbalance
+        from feplb.integrations.megatron import imbalances
 
         for layer in range(len(self.balancer.layers)):
             record = self.balancer.last_call(layer)
-            self.loads.append(load_imbalance(record))
+            self.loads.append(imbalances(record))
             self.rows[0] += int(record.counts.sum())
-            self.rows[1] += int((record.moves[:, 4] - record.moves[:, 3]).sum())
+            self.rows[1] += record.num_rows_moved
 
     def sharded_state(self) -> dict[str, Any]:
         state: dict[str, Any] = {}

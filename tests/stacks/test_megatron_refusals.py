@@ -26,7 +26,7 @@ from feplb.integrations.megatron import (
     attach,
     enable,
 )
-from feplb.integrations.megatron_checks import check_queues, check_version
+from feplb.integrations.megatron_checks import check_version
 
 CONFIG = BalancerConfig()
 
@@ -158,14 +158,6 @@ def test_unknown_versions_are_refused(version: str) -> None:
 @pytest.mark.parametrize("version", ["0.16.1", "0.20.0rc1", "0.18.2+abc"])
 def test_known_versions_are_accepted(version: str) -> None:
     check_version(version)
-
-
-def test_one_queue_for_kernels_and_copies_is_refused() -> None:
-    with pytest.raises(ValueError, match="CUDA_DEVICE_MAX_COPY_CONNECTIONS=8"):
-        check_queues({"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
-    check_queues({"CUDA_DEVICE_MAX_CONNECTIONS": "1"}, allow_single_queue=True)
-    check_queues({"CUDA_DEVICE_MAX_CONNECTIONS": "1", "CUDA_DEVICE_MAX_COPY_CONNECTIONS": "8"})
-    check_queues({"CUDA_DEVICE_MAX_CONNECTIONS": "32"})
 
 
 def test_enable_leaves_the_spec_it_is_given_alone() -> None:

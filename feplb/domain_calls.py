@@ -1,0 +1,296 @@
+"""The caller's side of a domain: what a call asks of the C++ core, step by step.
+
+One object per Balancer. It owns the core (threads, lane, arena) until ``close``, lets one thread in
+at a time, and remembers which weight grads are still on their way. A method that waits says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .arena_views import ArenaViews
+from .call import (
+    KIND_BACKWARD,
+    KIND_CHECK,
+    KIND_FORWARD,
+    NO_MOVES,
+    Agreement,
+    CallRecord,
+    RoutedMove,
+    first_rows,
+)
+from .config import BalancerConfig, LayerSpec
+from .peers import DomainRanks
+
+_CPU_GFLOPS_PER_THREAD = 50.0
+_LEAST_GBPS = 0.1  # a canary of a few bytes measures latency, not rate
+
+
+class _OneCaller:
+    """Holds a domain for one call. (A generator would cost a microsecond more per call.)"""
+
+    __slots__ = ("_domain", "_what")
+
+    def __init__(self, domain: DomainCalls, what: str) -> None:
+        self._domain, self._what = domain, what
+
+    def __enter__(self) -> None:
+        self._domain.enter(self._what)
+
+    def __exit__(self, *_: object) -> None:
+        self._domain.leave()
+
+
+class OnItsWay(Protocol):
+    """Something a backward left in the arena and nobody has fetched yet."""
+
+    def take(self, domain: DomainCalls) -> None:
+        """Wait for it and copy it out of the arena."""
+        ...
+
+
+class DomainCalls:
+    """One rank's calls in its domain.
+
+    Args:
+        core: the open C++ Domain; closed by ``close``.
+        ranks: who is in the domain.
+        config, layers: as the Balancer has them.
+        measured_gbps: rate of the lane, as proven at start-up.
+    """
+
+    def __init__(
+        self, core: Any, ranks: DomainRanks, config: BalancerConfig,
+        layers: Sequence[LayerSpec], measured_gbps: float,
+    ) -> None:  # fmt: skip
+        self.core = core
+        self.num_ranks = ranks.num_ranks
+        self.global_ranks = ranks.global_ranks
+        self.global_rank = ranks.global_ranks[ranks.rank]
+        self.records: dict[int, CallRecord] = {}
+        self.micro_batches = [0] * len(layers)
+        self._config = config
+        self._lane_gbps = config.lane_gbps or max(measured_gbps, _LEAST_GBPS)
+        self._views: ArenaViews | None = ArenaViews(core, layers)
+        self._caller = threading.Lock()
+        self._closed = False
+        self._unconsumed: list[OnItsWay] = []
+        self._seq = 0
+
+    # -------------------------------------------------------------------------- one call at a time
+
+    def one_caller(self, what: str) -> _OneCaller:
+        """Refuse a second thread while a call runs."""
+        return _OneCaller(self, what)
+
+    def enter(self, what: str) -> None:
+        """Become the one caller, until ``leave``."""
+        if self._closed:
+            where = f"{what} (rank {self.global_rank})"
+            raise RuntimeError(f"{where}: the Balancer is closed. Build a new one.")
+        if not self._caller.acquire(blocking=False):
+            raise RuntimeError(
+                f"{what} (rank {self.global_rank}): another thread is inside a call of this "
+                "Balancer. Nothing was sent. Make one call at a time, in the same order on every "
+                "rank."
+            )
+
+    def leave(self) -> None:
+        """Let others call again."""
+        self._caller.release()
+
+    @property
+    def closed(self) -> bool:
+        """No call may be made any more."""
+        return self._closed
+
+    def close(self) -> None:
+        """End threads and lane; blocks while another thread is inside a call, until the deadline.
+
+        Raises:
+            RuntimeError: that thread has not left its call.
+        """
+        if self._closed:
+            return
+        if not self._caller.acquire(blocking=False):
+            self.core.fail(
+                f"rank {self.global_rank} closed its Balancer during a call of another thread"
+            )
+            if not self._caller.acquire(timeout=self._config.deadline_s):
+                raise RuntimeError(
+                    f"close (rank {self.global_rank}): another thread is inside a call and has "
+                    f"not left it for {self._config.deadline_s} s. Nothing was given back."
+                )
+        self._closed = True
+        self._caller.release()
+        if not self.core.failure_text():
+            with contextlib.suppress(RuntimeError):
+                self.take_unconsumed()
+        self.core.close()
+        self._views = None
+
+    # -------------------------------------------------------------------------- level 0: agreement
+
+    def begin_forward(
+        self, layer: int, micro_batch: int, grad_mode: bool, counts: list[int]
+    ) -> bool:
+        """The short way, where the core reads the counts; False: they are not all good ints."""
+        seq = self.core.begin_forward(layer, micro_batch, grad_mode, counts)
+        self._seq = seq or self._seq
+        return bool(seq)
+
+    def publish_forward(
+        self, layer: int, micro_batch: int, grad_bits: int, counts: list[int]
+    ) -> None:
+        """Level 0 of a forward."""
+        self._begin(KIND_FORWARD, layer, micro_batch, grad_bits, counts)
+
+    def publish_backward(
+        self, layer: int, micro_batch: int, grad_bits: int, plan_hash: int, moves: np.ndarray
+    ) -> None:
+        """Level 0 of a backward, with the plan its forward saved."""
+        self._begin(
+            KIND_BACKWARD, layer, micro_batch, grad_bits, [], moves=moves, plan_hash=plan_hash
+        )
+
+    def refuse(self, layer: int, micro_batch: int, error: Exception) -> NoReturn:
+        """Publish this rank's error, so that no peer waits for it, and raise it. Blocks."""
+        text = f"{error} (rank {self.global_rank}, layer {layer}, micro-batch {micro_batch})"
+        named = layer if isinstance(layer, int) else -1
+        self._begin(KIND_FORWARD, named, micro_batch, 0, [], error=text)
+        self.core.wait_plan()
+        raise ValueError(f"{text}. Nothing was sent; the Balancer stays usable.") from error
+
+    def wait_plan(self, layer: int, counts: Sequence[int]) -> Agreement:
+        """Wait for all counts and the plan; blocks until the deadline, GIL released."""
+        answer = self._agree(f"layer {layer} (rank {self.global_rank})")
+        _, _, moves, plan_hash, sent, received, all_counts, plan_ns = answer
+        agreement = Agreement(
+            seq=self._seq,
+            moves=moves,
+            plan_hash=plan_hash,
+            sent=tuple(RoutedMove(*move) for move in sent),
+            received=tuple(RoutedMove(*move) for move in received),
+            counts=all_counts,
+            plan_us=plan_ns / 1000,
+        )
+        if all_counts.size:
+            self.micro_batches[layer] += 1
+            by_rank = all_counts.reshape(self.num_ranks, len(counts))
+            self.records[layer] = CallRecord(by_rank, moves, agreement.plan_us)
+        return agreement
+
+    def meet(self) -> None:
+        """What ``check()`` does inside the domain: end a step. Blocks until the deadline."""
+        self.take_unconsumed()
+        self.core.drain()
+        self._begin(KIND_CHECK, -1, 0, 0, [])
+        self._agree("check()")
+
+    def _begin(
+        self, kind: int, layer: int, micro_batch: int, grad_bits: int, counts: list[int],
+        error: str = "", moves: np.ndarray = NO_MOVES, plan_hash: int = 0,
+    ) -> None:  # fmt: skip
+        self._seq = self.core.begin(
+            kind, layer, micro_batch, grad_bits, counts, error, moves, plan_hash, 0
+        )
+
+    def _agree(self, what: str) -> tuple[Any, ...]:
+        answer: tuple[Any, ...] = self.core.wait_plan()
+        refused_by, refusal = answer[:2]
+        if refused_by >= 0 and refusal:
+            raise RuntimeError(
+                f"{what} was refused by rank {self.global_ranks[refused_by]}: {refusal}. Nothing "
+                "was sent; the Balancer stays usable."
+            )
+        return answer
+
+    # -------------------------------------------------------------------- levels 1 and 2, and GEMMs
+
+    @contextlib.contextmanager
+    def failing_all(self, layer: int, micro_batch: int, kind: str) -> Iterator[None]:
+        """Whatever escapes a call that is under way ends it on every rank."""
+        try:
+            yield
+        except BaseException as error:
+            self.core.fail(
+                f"the {kind} of layer {layer}, micro-batch {micro_batch} raised "
+                f"{type(error).__name__}: {error}"
+            )
+            raise
+
+    def own_precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Experts compute in their spec's dtype, whatever autocast is around them."""
+        if torch.is_autocast_enabled("cpu"):
+            return torch.autocast("cpu", enabled=False)
+        return contextlib.nullcontext()
+
+    def post_rows(
+        self, sources: Sequence[Tensor], weights: list[Any], sent: Sequence[RoutedMove],
+        counts: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Level 1: hand the mover the addresses of this call, as they are now."""
+        if not sent:
+            self.core.post_rows([], [], [])
+            return
+        wanted = {move.expert_idx for move in sent}
+        pointers = [
+            [tensor[e].data_ptr() if e in wanted else 0 for e in range(len(counts))]
+            for tensor in weights
+        ]
+        self.core.post_rows([source.data_ptr() for source in sources], pointers, first_rows(counts))
+
+    @property
+    def views(self) -> ArenaViews:
+        """This rank's arena as tensors."""
+        assert self._views is not None, (
+            "views are used inside calls, which a closed Balancer refuses"
+        )
+        return self._views
+
+    def rows_in_kept_b(self, spec: LayerSpec, agreement: Agreement) -> int:
+        """Rows of kept work that take as long as this rank's returns travel."""
+        returning = max(
+            sum(move.num_rows for move in agreement.sent),
+            sum(move.num_rows for move in agreement.received),
+        )
+        if returning == 0:
+            return 0
+        rate = self._config.gemm_gflops or _CPU_GFLOPS_PER_THREAD * torch.get_num_threads()
+        seconds_per_row = spec.flops_per_row / (rate * 1e9)
+        way_back_s = returning * spec.row_bytes / (self._lane_gbps * 1e9)
+        return int(way_back_s / seconds_per_row) + 1
+
+    # ------------------------------------------------------------------------ level 3, weight grads
+
+    def announce(self, late: OnItsWay) -> None:
+        """Weight grads of a backward call are on their way; ``late`` will fetch them."""
+        self._unconsumed.append(late)
+
+    def forget(self, late: OnItsWay) -> None:
+        """``late`` has fetched its grads."""
+        self._unconsumed = [other for other in self._unconsumed if other is not late]
+
+    def take_unconsumed(self) -> None:
+        """Take what earlier backwards left in the arena, so that its slots are free. Blocks."""
+        for late in self._unconsumed:
+            late.take(self)
+        self._unconsumed.clear()
+
+    def await_grads(
+        self, seq: int, layer: int, sent: Sequence[RoutedMove], tensors: Sequence[int]
+    ) -> list[dict[int, Tensor]]:
+        """Per sent move, {tensor index: its grad in the arena}; blocks until the deadline."""
+        self.core.await_grads(seq, sorted({move.peer_rank for move in sent}))
+        return [self.views.grads(layer, move, tensors) for move in sent]
+
+    def release_grads(self, seq: int) -> None:
+        """The grads of call ``seq`` have been read; their slots may be overwritten."""
+        self.core.release_grads(seq)
