@@ -58,13 +58,14 @@ MUTATIONS = {
 
 def mutated(rank: int, num_ranks: int, name: str) -> list[str]:
     """How a run with something broken differs from the same without feplb."""
-    mutate, run = MUTATIONS[name]
-    expected = train(Run(policy=None, steps=2, **run))
+    mutate, case = MUTATIONS[name]
+    run = {**case, "steps": 2}
+    expected = train(Run(policy=None, **run))
     with pytest.MonkeyPatch.context() as patch:
         from feplb.integrations import megatron as _  # noqa: F401 - what is patched is loaded
 
         mutate(patch, rank)
-        return train(Run(steps=2, **run)).differences(expected)
+        return train(Run(**run)).differences(expected)
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
