@@ -75,6 +75,13 @@ def environment_of(pid: int) -> list[bytes]:
         return []
 
 
+def _settle(cores: list[int]) -> None:
+    """Of the child. A shell cannot trap a signal that was ignored when it began, and whoever runs
+    the tests in the background has ignored SIGINT."""
+    os.sched_setaffinity(0, cores)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def started(
     command: Sequence[str | Path], folder: Path, environment: dict[str, str] | None = None
@@ -88,7 +95,7 @@ def started(
         process = subprocess.Popen(
             command, env={**inherited, **python, **(environment or {})}, stdin=subprocess.DEVNULL,
             stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),  # noqa: PLW1509 - no threads here
+            preexec_fn=lambda: _settle(cores),  # noqa: PLW1509 - no threads here
         )  # fmt: skip
     run = Command(process, mark, output)
     try:
