@@ -11,10 +11,16 @@ experts [r * num_local_experts, (r + 1) * num_local_experts).
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-Rows = npt.NDArray[np.int64]
-Weights = npt.NDArray[np.float64]
+from feplb.scheduler.shares import (
+    Rows,
+    apportion,
+    clipped_shares,
+    random_stream,
+    with_imbalance,
+)
+
+__all__ = ["Rows", "calibrated", "calibrated_by_source", "lognormal_loads"]
 
 # Spread of an expert's log-weight: what a layer keeps from step to step, and what the tokens of
 # each rank add afresh. Fitted to the mean token stragglers before balancing of arXiv 2604.19654,
@@ -76,10 +82,10 @@ def calibrated_by_source(
         raise ValueError(f"calibrated: ep_size={ep_size}, expected a divisor of {num_experts}")
     if not 1 <= top_k <= num_experts:
         raise ValueError(f"calibrated: top_k={top_k}, expected 1 to num_experts={num_experts}")
-    bias = _stream("calibrated layer", seed, layer).standard_normal(num_experts)
-    stream = _stream("calibrated step", seed, layer, step)
+    bias = random_stream("calibrated layer", seed, layer).standard_normal(num_experts)
+    stream = random_stream("calibrated step", seed, layer, step)
     fresh = stream.standard_normal((ep_size, num_experts))
-    shares = _clipped_shares(np.exp(LAYER_SPREAD * bias + SOURCE_SPREAD * fresh), 1 / top_k)
+    shares = clipped_shares(np.exp(LAYER_SPREAD * bias + SOURCE_SPREAD * fresh), 1 / top_k)
     return np.stack([stream.multinomial(num_tokens * top_k, of_rank) for of_rank in shares])
 
 
@@ -105,47 +111,8 @@ def lognormal_loads(
         raise ValueError(
             f"lognormal_loads: imbalance={imbalance}, expected 1 or more, below {num_ranks} ranks"
         )
-    stream = _stream("lognormal", seed, num_ranks, num_local_experts)
+    stream = random_stream("lognormal", seed, num_ranks, num_local_experts)
     weights = np.exp(sigma * stream.standard_normal((num_ranks, num_local_experts)))
     total = num_ranks * num_local_experts * rows_per_expert
-    loads = _apportion(_with_imbalance(weights.sum(axis=1), imbalance), total)
-    return np.stack([_apportion(*pair) for pair in zip(weights, loads.tolist(), strict=True)])
-
-
-def _stream(name: str, *keys: int) -> np.random.RandomState:
-    entropy = [int.from_bytes(name.encode(), "little"), *keys]
-    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence(entropy)))
-
-
-def _clipped_shares(weights: Weights, most: float) -> Weights:
-    """Rows of weights as shares that sum to 1, none above `most`; what is cut goes to the rest."""
-    shares: Weights = weights / weights.sum(axis=1, keepdims=True)
-    while (shares > most * (1 + 1e-12)).any():
-        clipped = shares >= most
-        rest = np.where(clipped, 0.0, weights)
-        left = 1.0 - most * clipped.sum(axis=1, keepdims=True)
-        scale = left / np.maximum(rest.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-        shares = np.where(clipped, most, rest * scale)
-    return shares
-
-
-def _with_imbalance(loads: Weights, imbalance: float) -> Weights:
-    """loads ** p with p >= 0 such that max / mean is `imbalance`; it grows with p from 1."""
-    relative = loads / loads.max()
-    low, high = 0.0, 1.0
-    while (relative**high).mean() > 1 / imbalance and high < 1e6:
-        low, high = high, 2 * high
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (relative**middle).mean() > 1 / imbalance else (low, middle)
-    powered: Weights = relative**low
-    return powered
-
-
-def _apportion(weights: Weights, total: int) -> Rows:
-    """total split in proportion to weights, largest remainders first, ties to the lowest index."""
-    exact = weights * (total / weights.sum())
-    rows: Rows = np.floor(exact).astype(np.int64)
-    by_remainder = np.argsort(rows - exact, kind="stable")
-    rows[by_remainder[: total - int(rows.sum())]] += 1
-    return rows
+    loads = apportion(with_imbalance(weights.sum(axis=1), imbalance), total)
+    return np.stack([apportion(*pair) for pair in zip(weights, loads.tolist(), strict=True)])
