@@ -17,6 +17,10 @@ class PlanLimits:
         min_tokens: int,
         max_recv_rows: int,
         max_return_rows: int,
+        max_copies: int,
+        target_ppm: int,
+        grain_rows: int,
+        search_steps: int,
     ) -> None: ...
 
 def make_plan(

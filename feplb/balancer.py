@@ -163,6 +163,10 @@ class Balancer:
                         min_tokens=self.config.min_tokens,
                         max_recv_rows=max_rows,
                         max_return_rows=max_rows,
+                        max_copies=0,
+                        target_ppm=0,
+                        grain_rows=128,
+                        search_steps=0,
                     ),
                 }
             )

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 LANES = ("auto", "host")
-POLICIES = ("none", "greedy")
+POLICIES = ("none", "greedy", "refine", "split")
 _KNOWN_VARIABLES = ("FEPLB_LOG", "FEPLB_LANE", "FEPLB_OFF", "FEPLB_DOMAIN")
 # Measured: GEMM bits change with 1 to 3 rows at addresses that are not multiples of this.
 _BYTE_MULTIPLE = 16

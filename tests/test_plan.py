@@ -368,7 +368,9 @@ def test_wrong_counts_are_named(counts: list[object], message: str) -> None:
 
 
 def test_an_unknown_policy_is_named() -> None:
-    with pytest.raises(ValueError, match=r'policy="best", expected "none" or "greedy"'):
+    with pytest.raises(
+        ValueError, match=r'policy="best", expected "none", "greedy", "refine" or "split"'
+    ):
         make_plan("best", [[1, 2]], ROOMY)
 
 

@@ -55,7 +55,14 @@ ORDER = [
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 # The planner is mathematics: no device, thread, time or log.
-PURE = ["csrc/plan.h", "csrc/plan.cpp", "csrc/arena.h", "csrc/arena.cpp"]
+PURE = [
+    f"csrc/{name}"
+    for name in (
+        "plan_types.h", "plan.h", "plan.cpp", "arena.h", "arena.cpp", "split.h", "split.cpp",
+        "refine.h", "refine.cpp", "refine_ranks.h", "refine_ranks.cpp", "refine_close.cpp",
+        "refine_pairs.cpp", "refine_relieve.cpp", "refine_polish.cpp",
+    )
+]  # fmt: skip
 
 
 def sources(pattern: str) -> Iterator[Path]:

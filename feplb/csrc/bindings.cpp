@@ -109,12 +109,17 @@ py::array_t<double> time_plans(const std::string& policy_name, const CountsArray
 void bind_plan(py::module_& module) {
   py::class_<PlanLimits>(module, "PlanLimits")
       .def(py::init([](int32_t num_dynamic, int32_t num_slots, int32_t num_grad_slots,
-                       int32_t min_tokens, int64_t max_recv_rows, int64_t max_return_rows) {
-             return PlanLimits{num_dynamic, num_slots,     num_grad_slots,
-                               min_tokens,  max_recv_rows, max_return_rows};
+                       int32_t min_tokens, int64_t max_recv_rows, int64_t max_return_rows,
+                       int32_t max_copies, int32_t target_ppm, int32_t grain_rows,
+                       int32_t search_steps) {
+             return PlanLimits{num_dynamic,   num_slots,       num_grad_slots, min_tokens,
+                               max_recv_rows, max_return_rows, max_copies,     target_ppm,
+                               grain_rows,    search_steps};
            }),
            py::kw_only(), py::arg("num_dynamic"), py::arg("num_slots"), py::arg("num_grad_slots"),
-           py::arg("min_tokens"), py::arg("max_recv_rows"), py::arg("max_return_rows"));
+           py::arg("min_tokens"), py::arg("max_recv_rows"), py::arg("max_return_rows"),
+           py::arg("max_copies"), py::arg("target_ppm"), py::arg("grain_rows"),
+           py::arg("search_steps"));
   module.def("make_plan", &plan_for, py::arg("policy"), py::arg("counts").noconvert(),
              py::arg("limits"));
   module.def("time_plans", &time_plans, py::arg("policy"), py::arg("counts").noconvert(),

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <tuple>
 
 namespace feplb {
 namespace {
@@ -14,6 +15,12 @@ void check_input(const PlanInput& input) {
   if (limits.num_dynamic < 0 || limits.num_dynamic > input.num_local_experts)
     throw UserError(cat("plan: num_dynamic=", limits.num_dynamic, ", expected 0 to ",
                         input.num_local_experts, " (the experts of one rank)"));
+  if (limits.grain_rows < 1 || limits.max_copies < 0 || limits.target_ppm < 0 ||
+      limits.search_steps < 0)
+    throw UserError(cat("plan: grain_rows=", limits.grain_rows,
+                        ", expected at least 1; max_copies=", limits.max_copies,
+                        ", target_ppm=", limits.target_ppm, ", search_steps=", limits.search_steps,
+                        ", expected at least 0"));
   if (limits.num_slots < 0 || limits.num_grad_slots < 0 || limits.min_tokens < 0 ||
       limits.max_recv_rows < 0 || limits.max_return_rows < 0)
     throw UserError(
@@ -28,6 +35,18 @@ void check_input(const PlanInput& input) {
   const int64_t index = found - input.counts;
   throw UserError(cat("plan: counts of rank ", index / input.num_local_experts, ", local expert ",
                       index % input.num_local_experts, ": ", *found, ", expected at least 0"));
+}
+
+void check_signs(const PlanInput& input) {
+  const int64_t num_counts = int64_t{input.num_ranks} * input.num_local_experts;
+  int32_t signs = 0;
+  for (int64_t i = 0; i < num_counts; ++i) signs |= input.counts[i];
+  if (signs < 0) throw_negative_count(input);
+}
+
+bool by_owner(const Move& a, const Move& b) {
+  return std::tie(a.owner_rank, a.expert_idx, a.row_start) <
+         std::tie(b.owner_rank, b.expert_idx, b.row_start);
 }
 
 // Loads, the rows that may move, and all the room there is.
@@ -156,7 +175,10 @@ void greedy(const PlanInput& input, PlanScratch& scratch, Plan& plan) {
 Policy policy_from_name(const std::string& name) {
   if (name == "none") return Policy::kNone;
   if (name == "greedy") return Policy::kGreedy;
-  throw UserError(cat("plan: policy=\"", name, "\", expected \"none\" or \"greedy\""));
+  if (name == "refine") return Policy::kRefine;
+  if (name == "split") return Policy::kSplit;
+  throw UserError(
+      cat("plan: policy=\"", name, "\", expected \"none\", \"greedy\", \"refine\" or \"split\""));
 }
 
 void make_plan(Policy policy, const PlanInput& input, PlanScratch& scratch, Plan& plan) {
@@ -166,12 +188,21 @@ void make_plan(Policy policy, const PlanInput& input, PlanScratch& scratch, Plan
   switch (policy) {
     case Policy::kNone:
       break;
-    case Policy::kGreedy:
+    case Policy::kGreedy:  // finds its moves in order
       greedy(input, scratch, plan);
       break;
+    case Policy::kRefine:
+      check_signs(input);
+      refine(input, scratch.refine, plan.moves);
+      break;
+    case Policy::kSplit:
+      check_signs(input);
+      split(input, scratch.split, plan.moves);
+      break;
     default:
-      throw UserError(cat("plan: policy ", static_cast<int32_t>(policy), ", expected 0 to 1"));
+      throw UserError(cat("plan: policy ", static_cast<int32_t>(policy), ", expected 0 to 3"));
   }
+  std::sort(plan.moves.begin(), plan.moves.end(), by_owner);
   plan.hash = hash_moves(plan.moves);
 }
 

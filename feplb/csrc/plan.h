@@ -16,37 +16,13 @@
 #include <vector>
 
 #include "error.h"
+#include "plan_types.h"
+#include "refine.h"
+#include "split.h"
 
 namespace feplb {
 
-// Rows [row_start, row_end) of one expert are computed by dst_rank instead of owner_rank.
-struct Move {
-  int32_t expert_idx;  // local to the owner
-  int32_t owner_rank;
-  int32_t dst_rank;   // the helper
-  int32_t row_start;  // in rows of this expert on its owner
-  int32_t row_end;
-};
-
-enum class Policy : int32_t { kNone = 0, kGreedy = 1 };
-
-// What the arena can hold, and which experts may move; the same on every rank.
-struct PlanLimits {
-  int32_t num_dynamic = 0;      // the last num_dynamic local experts of each rank may move
-  int32_t num_slots = 0;        // received experts a helper can hold
-  int32_t num_grad_slots = 0;   // moves an owner can take weight grads back from
-  int32_t min_tokens = 1;       // fewest rows worth a move; 0 means 1 (paper: tau)
-  int64_t max_recv_rows = 0;    // rows a helper can take in
-  int64_t max_return_rows = 0;  // rows an owner can get back
-};
-
-// counts[r * num_local_experts + e] = rows that rank r owns for its local expert e, at least 0.
-struct PlanInput {
-  const int32_t* counts = nullptr;
-  int32_t num_ranks = 0;
-  int32_t num_local_experts = 0;
-  PlanLimits limits;
-};
+enum class Policy : int32_t { kNone = 0, kGreedy = 1, kRefine = 2, kSplit = 3 };
 
 struct Plan {
   std::vector<Move> moves;  // ordered by (owner_rank, expert_idx, row_start)
@@ -56,6 +32,8 @@ struct Plan {
 // What make_plan keeps between calls, so that it allocates nothing once it has seen a shape (the
 // plan's moves keep their capacity the same way). Its content means nothing to callers.
 struct PlanScratch {
+  RefineScratch refine;
+  SplitScratch split;
   std::vector<int64_t> load;       // [num_ranks] rows now on each rank
   std::vector<int64_t> recv_room;  // [num_ranks] rows a helper still takes; -1 without a free slot
   std::vector<int64_t> return_room;  // [num_ranks] rows an owner still gets back; -1 likewise
@@ -69,7 +47,7 @@ struct PlanScratch {
 // empty.
 void make_plan(Policy policy, const PlanInput& input, PlanScratch& scratch, Plan& plan);
 
-// "none", "greedy" -> Policy. Throws UserError, naming the known ones.
+// "none", "greedy", "refine", "split" -> Policy. Throws UserError, naming the known ones.
 Policy policy_from_name(const std::string& name);
 
 // FNV-1a, 64 bits, taken over the five integers of each move (not their bytes: a fifth of the

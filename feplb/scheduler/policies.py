@@ -18,7 +18,7 @@ from feplb.scheduler.plan import INT32_MAX, Move, Plan, PlanLimits
 if TYPE_CHECKING:
     from feplb import _core
 
-POLICIES = ("none", "greedy")
+POLICIES = ("none", "greedy", "refine", "split")
 
 
 def make_plan(policy: str, counts: npt.ArrayLike, limits: PlanLimits) -> Plan:

@@ -1,0 +1,40 @@
+// What every policy is given, and what it answers with. Integers only.
+#pragma once
+
+#include <cstdint>
+
+namespace feplb {
+
+// Rows [row_start, row_end) of one expert are computed by dst_rank instead of owner_rank.
+struct Move {
+  int32_t expert_idx;  // local to the owner
+  int32_t owner_rank;
+  int32_t dst_rank;   // the helper
+  int32_t row_start;  // in rows of this expert on its owner
+  int32_t row_end;
+};
+
+// What the arena can hold, and which experts may move; the same on every rank.
+struct PlanLimits {
+  int32_t num_dynamic = 0;      // the last num_dynamic local experts of each rank may move
+  int32_t num_slots = 0;        // received experts a helper can hold
+  int32_t num_grad_slots = 0;   // moves an owner can take weight grads back from
+  int32_t min_tokens = 1;       // fewest rows worth a move; 0 means 1 (paper: tau)
+  int64_t max_recv_rows = 0;    // rows a helper can take in
+  int64_t max_return_rows = 0;  // rows an owner can get back
+  // What refine and split aim at (greedy, the paper's, has no such knobs).
+  int32_t max_copies = 0;  // most weight copies of a plan, over all ranks; 0: one per rank
+  int32_t target_ppm = 0;  // max / mean wanted, in millionths; below 1'000'000: the least there is
+  int32_t grain_rows = 128;  // split sends multiples of this, or all rows that an expert has
+  int32_t search_steps = 0;  // most steps of refine's search; 0: about 20 us for 8 ranks x 128
+};
+
+// counts[r * num_local_experts + e] = rows that rank r owns for its local expert e, at least 0.
+struct PlanInput {
+  const int32_t* counts = nullptr;
+  int32_t num_ranks = 0;
+  int32_t num_local_experts = 0;
+  PlanLimits limits;
+};
+
+}  // namespace feplb
