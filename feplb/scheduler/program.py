@@ -103,6 +103,37 @@ class Problem:
             raise ValueError(f"the known plan is not within the limits: {'; '.join(found)}")
         return known or Plan()
 
+    def paired(self, target: int) -> Plan:
+        """A split plan without a solver: the fullest rank sends grains to the emptiest, repeatedly.
+
+        Each copy closes one of the two or empties an expert. The empty plan where limits forbid it.
+        """
+        grain = self.grain_rows
+        room = (target - self.loads) // grain  # grains; below 0: to be sent
+        left = np.where(self.sendable() > 0, self.rows // grain, 0)
+        moves = []
+        while room.min(initial=0) < 0 < room.max(initial=0):
+            owner, helper = int(room.argmin()), int(room.argmax())
+            expert = int(left[owner].argmax())
+            units = int(min(-room[owner], room[helper], left[owner, expert]))
+            if units == 0:
+                break
+            start = int(self.rows[owner, expert] // grain - left[owner, expert]) * grain
+            moves.append(
+                Move(
+                    expert_idx=expert,
+                    owner_rank=owner,
+                    dst_rank=helper,
+                    row_start=start,
+                    row_end=start + units * grain,
+                )
+            )
+            room[owner] += units
+            room[helper] -= units
+            left[owner, expert] -= units
+        plan = Plan.from_moves(moves)
+        return Plan() if self.violations(plan) else plan
+
     # ------------------------------------------------------------------ bounds without a solver
 
     def sendable(self) -> Integers:
