@@ -24,10 +24,20 @@ class PlanLimits:
     ) -> None: ...
 
 def make_plan(
-    policy: str, counts: npt.NDArray[np.int32], limits: PlanLimits
+    policy: str,
+    counts: npt.NDArray[np.int32],
+    limits: PlanLimits,
+    costs: dict[str, int] | None = None,
 ) -> tuple[npt.NDArray[np.int32], int]: ...
+def predict(
+    counts: npt.NDArray[np.int32], moves: npt.NDArray[np.int32], costs: dict[str, int]
+) -> int: ...
 def time_plans(
-    policy: str, counts: npt.NDArray[np.int32], limits: PlanLimits, repeats: int
+    policy: str,
+    counts: npt.NDArray[np.int32],
+    limits: PlanLimits,
+    repeats: int,
+    costs: dict[str, int] | None = None,
 ) -> npt.NDArray[np.float64]: ...
 
 # domain ------------------------------------------------------------------------------------------

@@ -168,6 +168,7 @@ class Balancer:
                         grain_rows=128,
                         search_steps=0,
                     ),
+                    "costs": None,
                 }
             )
         memory = memory_report(shapes, slots, grad_slots, self.num_ranks)

@@ -23,9 +23,11 @@ from feplb.scheduler import (
     token_straggler,
     whole_expert_floor,
 )
+from feplb.scheduler.cost_model import UnitCosts
 from feplb.scheduler.plan import hash_moves
 from feplb.scheduler.policies import core_limits
 
+COSTS = UnitCosts(row_forward=10, row_push=1, row_return=1, weight_push=20)
 ROOMY = PlanLimits(
     num_dynamic=2, num_slots=9, num_grad_slots=9, max_recv_rows=999, max_return_rows=999
 )
@@ -141,7 +143,7 @@ def test_nothing_to_do_is_an_empty_plan(policy: str, shape: tuple[int, int]) -> 
     # No ranks, no experts, one rank, or all counts zero.
     counts = np.full(shape, 5 if shape[0] == 1 else 0)
     limits = replace(ROOMY, num_dynamic=shape[1])
-    plan = make_plan(policy, counts, limits)
+    plan = make_plan(policy, counts, limits, costs=COSTS)
     assert plan == Plan(moves=(), hash=0)
     assert plan_violations(plan, counts, limits) == []
 
@@ -249,9 +251,9 @@ def test_greedy_equals_the_reference(case: tuple[npt.NDArray[np.int64], PlanLimi
 def test_every_plan_is_valid_and_repeats(
     case: tuple[npt.NDArray[np.int64], PlanLimits], policy: str
 ) -> None:
-    plan = make_plan(policy, *case)
+    plan = make_plan(policy, *case, costs=COSTS)
     assert plan_violations(plan, *case) == []
-    assert make_plan(policy, *case) == plan
+    assert make_plan(policy, *case, costs=COSTS) == plan
 
 
 @pytest.mark.parametrize("num_dynamic", [4, 16])
@@ -369,7 +371,7 @@ def test_wrong_counts_are_named(counts: list[object], message: str) -> None:
 
 def test_an_unknown_policy_is_named() -> None:
     with pytest.raises(
-        ValueError, match=r'policy="best", expected "none", "greedy", "refine" or "split"'
+        ValueError, match=r'policy="best", expected "none", "greedy", "refine", "split" or "auto"'
     ):
         make_plan("best", [[1, 2]], ROOMY)
 

@@ -60,7 +60,9 @@ PURE = [
     for name in (
         "plan_types.h", "plan.h", "plan.cpp", "arena.h", "arena.cpp", "split.h", "split.cpp",
         "refine.h", "refine.cpp", "refine_ranks.h", "refine_ranks.cpp", "refine_close.cpp",
-        "refine_pairs.cpp", "refine_relieve.cpp", "refine_polish.cpp",
+        "refine_pairs.cpp", "refine_relieve.cpp", "refine_polish.cpp", "split_match.h",
+        "split_match.cpp", "split_subsets.h", "split_subsets.cpp", "cost.h", "cost.cpp",
+        "auto_plan.h", "auto_plan.cpp",
     )
 ]  # fmt: skip
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
+#include <optional>
 
 #include "domain.h"
 #include "plan.h"
@@ -34,8 +35,46 @@ PlanInput input_from(const CountsArray& counts, py::ssize_t dims, const PlanLimi
   return input;
 }
 
-py::tuple plan_for(const std::string& policy, const CountsArray& counts, const PlanLimits& limits) {
-  const PlanInput input = input_from(counts, 2, limits);
+// None, or one integer per name, picoseconds.
+std::optional<UnitCosts> costs_from(const py::object& given) {
+  if (given.is_none()) return std::nullopt;
+  const py::dict values = given.cast<py::dict>();
+  const auto value = [&values](const char* name) { return values[name].cast<int64_t>(); };
+  UnitCosts costs;
+  costs.tile_rows = value("tile_rows");
+  costs.row_forward = value("row_forward");
+  costs.row_dgrad = value("row_dgrad");
+  costs.row_wgrad = value("row_wgrad");
+  costs.weight_read = value("weight_read");
+  costs.row_push = value("row_push");
+  costs.row_push_backward = value("row_push_backward");
+  costs.weight_push = value("weight_push");
+  costs.row_return = value("row_return");
+  costs.row_return_backward = value("row_return_backward");
+  costs.grad_push = value("grad_push");
+  costs.row_place = value("row_place");
+  costs.grad_add = value("grad_add");
+  costs.late_window = value("late_window");
+  costs.start = value("start");
+  costs.copy = value("copy");
+  return costs;
+}
+
+int64_t predict_for(const CountsArray& counts, const CountsArray& moves, const py::dict& costs) {
+  const PlanInput input = input_from(counts, 2, PlanLimits{});
+  if (moves.ndim() != 2 || moves.shape(1) != 5)
+    throw UserError("predict: moves, expected [num_moves, 5] integers");
+  const Move* first = reinterpret_cast<const Move*>(moves.data());
+  CostScratch scratch;
+  return predict(input, *costs_from(costs), std::vector<Move>(first, first + moves.shape(0)),
+                 scratch);
+}
+
+py::tuple plan_for(const std::string& policy, const CountsArray& counts, const PlanLimits& limits,
+                   const py::object& costs) {
+  PlanInput input = input_from(counts, 2, limits);
+  const std::optional<UnitCosts> units = costs_from(costs);
+  input.costs = units ? &*units : nullptr;
   PlanScratch scratch;
   Plan plan;
   make_plan(policy_from_name(policy), input, scratch, plan);
@@ -93,8 +132,10 @@ std::vector<double> time_each(Policy policy, PlanInput input, py::ssize_t num_in
 }
 
 py::array_t<double> time_plans(const std::string& policy_name, const CountsArray& counts,
-                               const PlanLimits& limits, int repeats) {
-  const PlanInput input = input_from(counts, 3, limits);
+                               const PlanLimits& limits, int repeats, const py::object& costs) {
+  PlanInput input = input_from(counts, 3, limits);
+  const std::optional<UnitCosts> units = costs_from(costs);
+  input.costs = units ? &*units : nullptr;
   if (repeats < 1) throw UserError(cat("time_plans: repeats=", repeats, ", expected at least 1"));
   if (counts.shape(0) < 1) throw UserError("time_plans: counts holds 0 inputs, expected 1 or more");
   const Policy policy = policy_from_name(policy_name);
@@ -121,9 +162,11 @@ void bind_plan(py::module_& module) {
            py::arg("max_copies"), py::arg("target_ppm"), py::arg("grain_rows"),
            py::arg("search_steps"));
   module.def("make_plan", &plan_for, py::arg("policy"), py::arg("counts").noconvert(),
-             py::arg("limits"));
+             py::arg("limits"), py::arg("costs") = py::none());
+  module.def("predict", &predict_for, py::arg("counts").noconvert(), py::arg("moves").noconvert(),
+             py::arg("costs"));
   module.def("time_plans", &time_plans, py::arg("policy"), py::arg("counts").noconvert(),
-             py::arg("limits"), py::arg("repeats"));
+             py::arg("limits"), py::arg("repeats"), py::arg("costs") = py::none());
 }
 
 // -------------------------------------------------------------------------------------- domain
@@ -146,6 +189,7 @@ LayerShape layer_shape_from(const py::dict& spec) {
   shape.max_rows = spec["max_rows"].cast<int64_t>();
   shape.policy = policy_from_name(spec["policy"].cast<std::string>());
   shape.limits = spec["limits"].cast<PlanLimits>();
+  shape.costs = costs_from(spec["costs"]);
   return shape;
 }
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <tuple>
 
 namespace feplb {
 namespace {
@@ -15,10 +14,9 @@ void check_input(const PlanInput& input) {
   if (limits.num_dynamic < 0 || limits.num_dynamic > input.num_local_experts)
     throw UserError(cat("plan: num_dynamic=", limits.num_dynamic, ", expected 0 to ",
                         input.num_local_experts, " (the experts of one rank)"));
-  if (limits.grain_rows < 1 || limits.max_copies < 0 || limits.target_ppm < 0 ||
+  if (limits.grain_rows < 0 || limits.max_copies < 0 || limits.target_ppm < 0 ||
       limits.search_steps < 0)
-    throw UserError(cat("plan: grain_rows=", limits.grain_rows,
-                        ", expected at least 1; max_copies=", limits.max_copies,
+    throw UserError(cat("plan: grain_rows=", limits.grain_rows, ", max_copies=", limits.max_copies,
                         ", target_ppm=", limits.target_ppm, ", search_steps=", limits.search_steps,
                         ", expected at least 0"));
   if (limits.num_slots < 0 || limits.num_grad_slots < 0 || limits.min_tokens < 0 ||
@@ -42,11 +40,6 @@ void check_signs(const PlanInput& input) {
   int32_t signs = 0;
   for (int64_t i = 0; i < num_counts; ++i) signs |= input.counts[i];
   if (signs < 0) throw_negative_count(input);
-}
-
-bool by_owner(const Move& a, const Move& b) {
-  return std::tie(a.owner_rank, a.expert_idx, a.row_start) <
-         std::tie(b.owner_rank, b.expert_idx, b.row_start);
 }
 
 // Loads, the rows that may move, and all the room there is.
@@ -177,8 +170,9 @@ Policy policy_from_name(const std::string& name) {
   if (name == "greedy") return Policy::kGreedy;
   if (name == "refine") return Policy::kRefine;
   if (name == "split") return Policy::kSplit;
-  throw UserError(
-      cat("plan: policy=\"", name, "\", expected \"none\", \"greedy\", \"refine\" or \"split\""));
+  if (name == "auto") return Policy::kAuto;
+  throw UserError(cat("plan: policy=\"", name,
+                      "\", expected \"none\", \"greedy\", \"refine\", \"split\" or \"auto\""));
 }
 
 void make_plan(Policy policy, const PlanInput& input, PlanScratch& scratch, Plan& plan) {
@@ -193,14 +187,21 @@ void make_plan(Policy policy, const PlanInput& input, PlanScratch& scratch, Plan
       break;
     case Policy::kRefine:
       check_signs(input);
-      refine(input, scratch.refine, plan.moves);
+      refine(input, scratch.by_cost.refine, plan.moves);
       break;
     case Policy::kSplit:
       check_signs(input);
-      split(input, scratch.split, plan.moves);
+      if (input.limits.grain_rows < 1)
+        throw UserError("plan: grain_rows=0, expected at least 1 for split");
+      split(input, scratch.by_cost.split, plan.moves);
+      break;
+    case Policy::kAuto:
+      check_signs(input);
+      if (input.costs == nullptr) throw UserError("plan: auto needs costs to decide by");
+      plan_by_cost(input, scratch.by_cost, plan.moves);
       break;
     default:
-      throw UserError(cat("plan: policy ", static_cast<int32_t>(policy), ", expected 0 to 3"));
+      throw UserError(cat("plan: policy ", static_cast<int32_t>(policy), ", expected 0 to 4"));
   }
   std::sort(plan.moves.begin(), plan.moves.end(), by_owner);
   plan.hash = hash_moves(plan.moves);

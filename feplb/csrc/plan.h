@@ -15,14 +15,13 @@
 #include <string>
 #include <vector>
 
+#include "auto_plan.h"
 #include "error.h"
 #include "plan_types.h"
-#include "refine.h"
-#include "split.h"
 
 namespace feplb {
 
-enum class Policy : int32_t { kNone = 0, kGreedy = 1, kRefine = 2, kSplit = 3 };
+enum class Policy : int32_t { kNone = 0, kGreedy = 1, kRefine = 2, kSplit = 3, kAuto = 4 };
 
 struct Plan {
   std::vector<Move> moves;  // ordered by (owner_rank, expert_idx, row_start)
@@ -32,8 +31,7 @@ struct Plan {
 // What make_plan keeps between calls, so that it allocates nothing once it has seen a shape (the
 // plan's moves keep their capacity the same way). Its content means nothing to callers.
 struct PlanScratch {
-  RefineScratch refine;
-  SplitScratch split;
+  AutoScratch by_cost;             // refine and split have theirs in it
   std::vector<int64_t> load;       // [num_ranks] rows now on each rank
   std::vector<int64_t> recv_room;  // [num_ranks] rows a helper still takes; -1 without a free slot
   std::vector<int64_t> return_room;  // [num_ranks] rows an owner still gets back; -1 likewise
@@ -47,7 +45,7 @@ struct PlanScratch {
 // empty.
 void make_plan(Policy policy, const PlanInput& input, PlanScratch& scratch, Plan& plan);
 
-// "none", "greedy", "refine", "split" -> Policy. Throws UserError, naming the known ones.
+// "none", "greedy", "refine", "split", "auto" -> Policy. Throws UserError, naming the known ones.
 Policy policy_from_name(const std::string& name);
 
 // FNV-1a, 64 bits, taken over the five integers of each move (not their bytes: a fifth of the

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
 namespace feplb {
 
@@ -14,6 +15,12 @@ struct Move {
   int32_t row_end;
 };
 
+// The order of moves in a plan.
+inline bool by_owner(const Move& a, const Move& b) {
+  return std::tie(a.owner_rank, a.expert_idx, a.row_start) <
+         std::tie(b.owner_rank, b.expert_idx, b.row_start);
+}
+
 // What the arena can hold, and which experts may move; the same on every rank.
 struct PlanLimits {
   int32_t num_dynamic = 0;      // the last num_dynamic local experts of each rank may move
@@ -25,8 +32,30 @@ struct PlanLimits {
   // What refine and split aim at (greedy, the paper's, has no such knobs).
   int32_t max_copies = 0;  // most weight copies of a plan, over all ranks; 0: one per rank
   int32_t target_ppm = 0;  // max / mean wanted, in millionths; below 1'000'000: the least there is
-  int32_t grain_rows = 128;  // split sends multiples of this, or all rows that an expert has
+  int32_t grain_rows = 128;  // split sends multiples of this, or all rows that an expert has;
+                             // 0: auto moves whole experts only
   int32_t search_steps = 0;  // most steps of refine's search; 0: about 20 us for 8 ranks x 128
+};
+
+// What one row, expert or copy of a layer costs, in picoseconds; the same on every rank.
+// feplb/scheduler/cost_model.py says what each of them is.
+struct UnitCosts {
+  int64_t tile_rows = 1;  // rows
+  int64_t row_forward = 0;
+  int64_t row_dgrad = 0;
+  int64_t row_wgrad = 0;
+  int64_t weight_read = 0;
+  int64_t row_push = 0;
+  int64_t row_push_backward = 0;
+  int64_t weight_push = 0;
+  int64_t row_return = 0;
+  int64_t row_return_backward = 0;
+  int64_t grad_push = 0;
+  int64_t row_place = 0;
+  int64_t grad_add = 0;
+  int64_t late_window = 0;
+  int64_t start = 0;
+  int64_t copy = 0;
 };
 
 // counts[r * num_local_experts + e] = rows that rank r owns for its local expert e, at least 0.
@@ -35,6 +64,7 @@ struct PlanInput {
   int32_t num_ranks = 0;
   int32_t num_local_experts = 0;
   PlanLimits limits;
+  const UnitCosts* costs = nullptr;  // auto needs them
 };
 
 }  // namespace feplb

@@ -92,7 +92,7 @@ Pick largest_within(const std::vector<int32_t>& left, int64_t most) {
 Pick pick_expert(const PlanLimits& limits, int64_t want, int64_t owed,
                  const std::vector<int32_t>& left) {
   const int64_t grain = limits.grain_rows;
-  const int64_t tiled = want - want % grain;
+  const int64_t tiled = divide(want, grain) * grain;
   constexpr int32_t kMost = std::numeric_limits<int32_t>::max();
   size_t fit = left.size();
   int32_t fit_rows = kMost;
@@ -104,11 +104,12 @@ Pick pick_expert(const PlanLimits& limits, int64_t want, int64_t owed,
   if (fit < left.size()) return {fit, tiled};
   Pick pick = largest_within(left, want);
   int64_t in_tiles = 0;
-  for (const int32_t rows : left) in_tiles += rows - rows % grain;
+  for (const int32_t rows : left) in_tiles += divide(rows, grain) * grain;
   if (pick.rows < grain || in_tiles < owed) return pick;
-  pick.rows -= pick.rows % grain;
+  pick.rows = divide(pick.rows, grain) * grain;
   const int64_t least = divide_up(least_rows(limits), grain) * grain;
-  if (want > pick.rows && want - pick.rows < least) pick.rows = std::max<int64_t>(0, want - least);
+  if (tiled > pick.rows && tiled - pick.rows < least)
+    pick.rows = std::max<int64_t>(0, tiled - least);
   return pick;
 }
 
@@ -142,22 +143,28 @@ void ship(const PlanInput& input, const SplitPiece& piece, int64_t owed, SplitSc
   }
 }
 
+// Owner after owner, so that the moves are found nearly in order.
 void ship_pieces(const PlanInput& input, SplitScratch& scratch) {
-  const PlanLimits& limits = input.limits;
+  const std::vector<SplitPiece>& pieces = scratch.pieces;
+  const int32_t* end = input.counts;
   scratch.after = scratch.load;
   scratch.num_moves.assign(scratch.load.size(), 0);
-  int64_t owed = 0;
-  for (size_t i = 0; i < scratch.pieces.size(); ++i) {
-    const SplitPiece& piece = scratch.pieces[i];
-    if (i == 0 || piece.owner != scratch.pieces[i - 1].owner) {
-      const int32_t* end = input.counts + int64_t{piece.owner + 1} * input.num_local_experts;
-      scratch.left.assign(end - limits.num_dynamic, end);
-      owed = 0;
-      for (size_t j = i; j < scratch.pieces.size() && scratch.pieces[j].owner == piece.owner; ++j)
-        owed += scratch.pieces[j].tiles * limits.grain_rows;
+  scratch.first_piece.assign(scratch.load.size(), pieces.size());
+  scratch.tried.clear();
+  for (size_t i = pieces.size(); i-- > 0;)
+    scratch.first_piece[static_cast<size_t>(pieces[i].owner)] = i;
+  for (int32_t owner = 0; owner < input.num_ranks; ++owner) {
+    const size_t first = scratch.first_piece[static_cast<size_t>(owner)];
+    size_t last = first;
+    int64_t owed = 0;
+    end += input.num_local_experts;
+    for (; last < pieces.size() && pieces[last].owner == owner; ++last)
+      owed += pieces[last].tiles * input.limits.grain_rows;
+    if (first < last) scratch.left.assign(end - input.limits.num_dynamic, end);
+    for (size_t i = first; i < last; ++i) {
+      ship(input, pieces[i], owed, scratch);
+      owed -= pieces[i].tiles * input.limits.grain_rows;
     }
-    ship(input, piece, owed, scratch);
-    owed -= piece.tiles * limits.grain_rows;
   }
 }
 
@@ -171,7 +178,6 @@ int64_t most_rows(const std::vector<int64_t>& loads) {
 bool try_target(const PlanInput& input, int64_t target, int64_t& best_most, SplitScratch& scratch) {
   if (!match(input, scratch.load, target, copy_budget(input), scratch.match, scratch.pieces))
     return false;
-  scratch.tried.clear();
   ship_pieces(input, scratch);
   const int64_t most = most_rows(scratch.after);
   if (most < best_most) {
@@ -181,7 +187,7 @@ bool try_target(const PlanInput& input, int64_t target, int64_t& best_most, Spli
   return most <= target;
 }
 
-// The least target that can be met, to a quarter of a tile: steps of growing size, then halves.
+// Looks for the least target that can be met, to a quarter of a tile: growing steps, then halves.
 void search_target(const PlanInput& input, int64_t low, int64_t& best_most, SplitScratch& scratch) {
   const int64_t near = std::max(1, input.limits.grain_rows / 4);
   int64_t high = best_most;
@@ -218,11 +224,35 @@ void place_ranges(const PlanInput& input, std::vector<Move>& moves) {
   }
 }
 
+// A piece ends a rank's need or room, or a copy an expert: so no shape needs more than this.
+void reserve(const PlanInput& input, SplitScratch& scratch, std::vector<Move>& moves) {
+  const size_t num_ranks = static_cast<size_t>(input.num_ranks);
+  const size_t most = num_ranks * (static_cast<size_t>(input.limits.num_dynamic) + 1);
+  const size_t copies = std::min(most, static_cast<size_t>(copy_budget(input)));
+  moves.reserve(moves.size() + copies);
+  scratch.tried.reserve(copies);
+  scratch.best.reserve(copies);
+  scratch.pieces.reserve(most);
+  for (auto* of_ranks : {&scratch.load, &scratch.after, &scratch.order})
+    of_ranks->reserve(num_ranks);
+  scratch.num_moves.reserve(num_ranks);
+  scratch.first_piece.reserve(num_ranks);
+  scratch.left.reserve(static_cast<size_t>(input.limits.num_dynamic));
+  MatchScratch& match = scratch.match;
+  match.expert_rows.reserve(scratch.left.capacity());
+  match.expert_tiles.reserve(scratch.left.capacity());
+  match.groups.reserve(match.sums.size());
+  for (auto* nodes :
+       {&match.surplus, &match.room, &match.group_surplus, &match.group_room, &match.group_left})
+    nodes->reserve(num_ranks);
+}
+
 }  // namespace
 
 void split(const PlanInput& input, SplitScratch& scratch, std::vector<Move>& moves) {
   const PlanLimits& limits = input.limits;
   if (input.num_ranks < 2 || limits.num_dynamic == 0) return;
+  reserve(input, scratch, moves);
   const int64_t target = first_target(input, scratch);
   int64_t best_most = most_rows(scratch.load);
   scratch.best.clear();

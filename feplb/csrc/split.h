@@ -12,6 +12,7 @@
 //   them: [Move{expert_idx=1, owner_rank=0, dst_rank=1, row_start=20, row_end=100}], 320 | 120.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -23,20 +24,21 @@ namespace feplb {
 // Kept between calls, so that nothing is allocated once a shape has been seen. Its content means
 // nothing to callers.
 struct SplitScratch {
-  std::vector<int64_t> load;       // [num_ranks] rows of each rank without a plan
-  std::vector<int64_t> after;      // [num_ranks] under the plan tried
-  std::vector<int64_t> order;      // [num_ranks] values to select from
-  std::vector<int32_t> num_moves;  // [num_ranks] moves that each rank sends or takes in
-  std::vector<int32_t> left;       // [num_dynamic] rows that the owner in hand still has
-  std::vector<SplitPiece> pieces;  // those of one owner together
-  std::vector<Move> tried, best;   // row_start 0, row_end the number of rows
+  std::vector<int64_t> load;             // [num_ranks] rows of each rank without a plan
+  std::vector<int64_t> after;            // [num_ranks] under the plan tried
+  std::vector<int64_t> order;            // [num_ranks] values to select from
+  std::vector<int32_t> num_moves;        // [num_ranks] moves that each rank sends or takes in
+  std::vector<int32_t> left;             // [num_dynamic] rows that the owner in hand still has
+  std::vector<SplitPiece> pieces;        // those of one owner together
+  std::vector<std::size_t> first_piece;  // [num_ranks]
+  std::vector<Move> tried, best;         // row_start 0, row_end the number of rows
   MatchScratch match;
 };
 
 // Appends the moves, ordered by (owner_rank, expert_idx, dst_rank). `input` has been checked.
 // Of a split expert the owner keeps the first rows, the helpers follow by rank. Each move has a
-// multiple of g rows, or all that its expert has left. Where a limit forbids T, the least T that
-// a dozen tries find possible is taken instead.
+// multiple of g rows, or all that its expert has left. Where a limit or experts below a tile forbid
+// T, higher targets are tried, and the plan whose fullest rank has fewest rows is taken.
 void split(const PlanInput& input, SplitScratch& scratch, std::vector<Move>& moves);
 
 }  // namespace feplb

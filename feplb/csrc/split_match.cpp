@@ -1,9 +1,9 @@
 #include "split_match.h"
 
 #include <algorithm>
-#include <cstring>
-#include <functional>
 #include <limits>
+
+#include "split_subsets.h"
 
 namespace feplb {
 namespace {
@@ -11,7 +11,7 @@ namespace {
 using Nodes = std::vector<SplitNode>;
 
 constexpr int kMaxEnumerated = MatchScratch::kMaxEnumerated;
-constexpr int kMaxSearchSteps = 256;  // groups tried for fewest copies
+constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
 
 bool more_tiles(const SplitNode& a, const SplitNode& b) {
   return a.tiles > b.tiles || (a.tiles == b.tiles && a.rank < b.rank);
@@ -34,11 +34,11 @@ struct Matcher {
     return input.counts + int64_t{rank + 1} * input.num_local_experts - input.limits.num_dynamic;
   }
 
-  void sort_experts(int32_t rank) const;
+  void next_expert() const;
   int32_t experts_needed(int32_t rank, int64_t tiles) const;
   int64_t find_nodes(const std::vector<int64_t>& load, int64_t target);
-  SplitPiece cut(const SplitNode& owner, int64_t need, SplitNode*& helper) const;
-  void cover_owner(const SplitNode& owner);
+  int64_t cover_owner(const SplitNode& owner, bool widest);
+  int64_t cover_as(int way);
   void cover_group();
   void cover_all();
   void cover_mask(uint32_t mask);
@@ -52,22 +52,27 @@ struct Matcher {
 
 // ------------------------------------------------------------------------------ needs and rooms
 
-void Matcher::sort_experts(int32_t rank) const {
-  const int32_t* rows = experts_of(rank);
-  std::vector<int64_t>& tiles = scratch.expert_tiles;
-  tiles.clear();
-  for (int32_t i = 0; i < input.limits.num_dynamic; ++i) tiles.push_back(divide(rows[i], grain));
-  std::sort(tiles.begin(), tiles.end(), std::greater<>());
+// Appends the next fullest expert to expert_tiles.
+void Matcher::next_expert() const {
+  const auto next =
+      scratch.expert_rows.begin() + static_cast<std::ptrdiff_t>(scratch.expert_tiles.size());
+  std::iter_swap(next, std::max_element(next, scratch.expert_rows.end()));
+  scratch.expert_tiles.push_back(divide(*next, grain));
 }
 
+// Fewest experts of this owner that have the tiles; all, if they do not. Fills expert_tiles with
+// them, unless one will do.
 int32_t Matcher::experts_needed(int32_t rank, int64_t tiles) const {
   const int32_t* rows = experts_of(rank);
-  if (*std::max_element(rows, rows + input.limits.num_dynamic) >= tiles * grain) return 1;
-  sort_experts(rank);
-  int32_t needed = 0;
-  for (; needed < input.limits.num_dynamic && tiles > 0; ++needed)
-    tiles -= scratch.expert_tiles[static_cast<size_t>(needed)];
-  return needed;
+  const int32_t* end = rows + input.limits.num_dynamic;
+  if (*std::max_element(rows, end) >= tiles * grain) return 1;
+  scratch.expert_rows.assign(rows, end);
+  scratch.expert_tiles.clear();
+  for (int32_t needed = 1;; ++needed) {
+    next_expert();
+    tiles -= scratch.expert_tiles.back();
+    if (tiles <= 0 || needed == input.limits.num_dynamic) return needed;
+  }
 }
 
 // Fills `surplus` and `room`; returns how many copies it takes at least.
@@ -81,9 +86,8 @@ int64_t Matcher::find_nodes(const std::vector<int64_t>& load, int64_t target) {
     const int64_t over = load[static_cast<size_t>(rank)] - target;
     if (over > 0) {
       const int64_t tiles = std::max(least, divide_up(over, grain));
-      const int32_t experts = experts_needed(rank, tiles);
-      scratch.surplus.push_back({rank, 0, experts, tiles});
-      copies += experts;
+      scratch.surplus.push_back({rank, 0, experts_needed(rank, tiles), tiles});
+      copies += scratch.surplus.back().experts;
       slack -= tiles;
     } else {
       const int64_t tiles = divide(std::min(-over, limits.max_recv_rows), grain);
@@ -101,17 +105,16 @@ int64_t Matcher::find_nodes(const std::vector<int64_t>& load, int64_t target) {
 
 // The helper with the least room that is enough, or else the one with the most.
 SplitNode& best_fit(Nodes& room, int64_t tiles) {
-  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
   size_t fit = 0;
   size_t roomiest = 0;
-  int64_t fit_tiles = kMost;
+  int64_t fit_tiles = kAll;
   for (size_t i = 0; i < room.size(); ++i) {
     const bool fits = (room[i].tiles >= tiles) & (room[i].tiles < fit_tiles);
     fit = fits ? i : fit;
     fit_tiles = fits ? room[i].tiles : fit_tiles;
     roomiest = room[i].tiles > room[roomiest].tiles ? i : roomiest;
   }
-  return room[fit_tiles < kMost ? fit : roomiest];
+  return room[fit_tiles < kAll ? fit : roomiest];
 }
 
 // The helper with most room that an expert of `low` to `high` tiles fills, or null.
@@ -123,35 +126,66 @@ SplitNode* filled_by(Nodes& room, int64_t low, int64_t high) {
   return found;
 }
 
-// Pieces for one owner out of group_room. Each ends the need, or a helper's room, or one of the
-// experts that the need takes in any case. A need that no room is left for stays.
-void Matcher::cover_owner(const SplitNode& owner) {
+// Pieces for one owner out of group_left. Each ends the need, or a helper's room, or one of the
+// experts that the need takes in any case. A need that no room is left for stays. Returns the
+// copies that it takes beyond one for each piece.
+int64_t Matcher::cover_owner(const SplitNode& owner, bool widest) {
   const std::vector<int64_t>& experts = scratch.expert_tiles;
   int64_t others = 0;  // tiles of the experts that the next pieces may take, most first
-  if (owner.experts > 1) sort_experts(owner.rank);
+  int64_t more = 0;
+  if (owner.experts > 1) experts_needed(owner.rank, owner.tiles);
   for (int32_t i = 1; i < owner.experts; ++i) others += experts[static_cast<size_t>(i)];
   size_t expert = 0;
   for (int64_t need = owner.tiles; need > 0;) {
-    const bool whole = others == 0 || experts[expert] >= need;
-    const int64_t most = whole ? need : experts[expert];
-    SplitNode* helper = whole ? nullptr : filled_by(scratch.group_room, need - others, most);
-    if (helper == nullptr) helper = &best_fit(scratch.group_room, most);
+    const bool whole = owner.experts == 1 || experts[expert] >= need;
+    const int64_t most = whole || others == 0 ? need : experts[expert];
+    SplitNode* helper = whole ? nullptr : filled_by(scratch.group_left, need - others, most);
+    if (helper == nullptr) helper = &best_fit(scratch.group_left, widest ? kAll : most);
     int64_t tiles = std::min(most, helper->tiles);
     if (need > tiles && need - tiles < least) tiles = need - least;
-    if (tiles < least) return;
+    if (tiles < least) break;
     pieces.push_back({owner.rank, helper->rank, tiles});
+    more += !whole && tiles > experts[expert];
     helper->tiles = --helper->slots > 0 ? helper->tiles - tiles : 0;
     need -= tiles;
-    if (!whole && need <= others) others -= experts[++expert];
+    if (!whole && need <= others && others > 0) others -= experts[++expert];
   }
+  return more;
 }
 
-// At most (owners + helpers - 1) pieces, where no owner takes more than one expert.
+// Covers the group in one of four ways: who cuts several experts comes first or last, the others
+// take the tightest room or the widest. Returns the copies, as far as can be told from here.
+int64_t Matcher::cover_as(int way) {
+  const size_t before = pieces.size();
+  int64_t copies = 0;
+  scratch.group_left = scratch.group_room;
+  for (const bool cuts : {(way & 1) == 0, (way & 1) != 0})
+    for (const SplitNode& owner : scratch.group_surplus)
+      if ((owner.experts > 1) == cuts) copies += cover_owner(owner, !cuts && (way & 2) != 0);
+  return copies + static_cast<int64_t>(pieces.size() - before);
+}
+
+// At most (owners + helpers - 1) pieces, where no owner cuts more than one expert; else the best
+// way.
 void Matcher::cover_group() {
   if (scratch.group_room.empty()) return;
-  for (const bool cuts : {true, false})
-    for (const SplitNode& owner : scratch.group_surplus)
-      if ((owner.experts > 1) == cuts) cover_owner(owner);
+  const size_t before = pieces.size();
+  int64_t fewest = cover_as(0);
+  int64_t experts = 0;
+  for (const SplitNode& owner : scratch.group_surplus) experts += owner.experts;
+  const size_t tree = scratch.group_surplus.size() + scratch.group_room.size() - 1;
+  const int64_t enough = std::max(experts, static_cast<int64_t>(tree));
+  int best = 0;
+  for (int way = 1; way < 4 && fewest > enough; ++way) {
+    pieces.resize(before);
+    const int64_t copies = cover_as(way);
+    if (copies < fewest) best = way;
+    fewest = std::min(fewest, copies);
+    if (way == 3 && best != 3) {
+      pieces.resize(before);
+      cover_as(best);
+    }
+  }
 }
 
 void Matcher::cover_all() {
@@ -161,95 +195,6 @@ void Matcher::cover_all() {
 }
 
 // ----------------------------------------------------------------------------- few ranks: subsets
-
-// Looks for the disjoint groups that take fewest copies among the subsets of few ranks. Bit i of a
-// mask is the i-th owner, or helper from bit num_owners on. With e experts that its owners must cut
-// at least, a group takes max(e, o + h - 1) copies; counted is what exceeds e.
-struct GroupSearch {
-  const MatchScratch& scratch;
-  int64_t slack;  // tiles that all groups together may waste
-  int num_owners = static_cast<int>(scratch.surplus.size());
-  uint32_t full = (1u << (scratch.surplus.size() + scratch.room.size())) - 1;  // all ranks
-  uint32_t owners = (1u << num_owners) - 1;
-  uint32_t cutters = 0;  // owners that cut more than one expert
-  int steps_left = kMaxSearchSteps;
-  int best_extra = kMaxEnumerated;
-  int num_best = 0;
-  uint32_t chosen[kMaxEnumerated] = {};
-  uint32_t best[kMaxEnumerated] = {};
-
-  GroupSearch(const MatchScratch& given, int64_t most) : scratch(given), slack(most) {
-    for (int i = 0; i < num_owners; ++i)
-      if (scratch.surplus[static_cast<size_t>(i)].experts > 1) cutters |= 1u << i;
-  }
-
-  int extra(uint32_t mask, int num_helpers) const {
-    int free = 1;  // helpers that cost no copy more
-    for (uint32_t left = mask & cutters; left != 0; left &= left - 1)
-      free += scratch.surplus[static_cast<size_t>(__builtin_ctz(left))].experts - 1;
-    return std::max(0, num_helpers - free);
-  }
-
-  // What the ranks of no group take as one group, of their roomiest helpers only.
-  int extra_of_rest(uint32_t rest) const {
-    int64_t sum = scratch.sums[rest & owners];
-    int num_helpers = 0;
-    for (uint32_t left = rest & ~owners; sum < 0; left &= left - 1, ++num_helpers)
-      sum += scratch.sums[left & (~left + 1)];
-    return extra(rest, num_helpers);
-  }
-
-  // Groups with what they cost, then what they waste: those that need each of their helpers.
-  void list(std::vector<uint64_t>& groups) const {
-    groups.clear();
-    for (uint32_t first = 0; first < full; first += 8) {
-      uint64_t any = 0;
-      std::memcpy(&any, &scratch.within[first], 8);
-      for (uint32_t mask = first; any != 0 && mask < first + 8; ++mask) {
-        if (scratch.within[mask] == 0 || (mask & owners) == 0 || mask == full) continue;
-        const int tightest = 31 - __builtin_clz(mask);
-        if (scratch.sums[mask] >= scratch.sums[size_t{1} << tightest]) continue;
-        const int cost = extra(mask, __builtin_popcount(mask & ~owners));
-        groups.push_back(uint64_t(cost) << 48 | uint64_t(scratch.sums[mask]) << 16 | mask);
-      }
-    }
-    std::sort(groups.begin(), groups.end());
-  }
-
-  void search(size_t first, uint32_t used, int64_t waste, int cost, int depth) {
-    const int total = cost + extra_of_rest(full & ~used);
-    if (total < best_extra) {
-      best_extra = total;
-      num_best = depth;
-      std::copy_n(chosen, depth, best);
-    }
-    for (size_t i = first; i < scratch.groups.size(); ++i) {
-      const uint32_t mask = static_cast<uint32_t>(scratch.groups[i]) & full;
-      const int more = static_cast<int>(scratch.groups[i] >> 48);
-      if (cost + more >= best_extra) return;  // so do all that follow
-      if ((mask & used) != 0 || waste + scratch.sums[mask] > slack) continue;
-      if (--steps_left < 0) return;
-      chosen[depth] = mask;
-      search(i + 1, used | mask, waste + scratch.sums[mask], cost + more, depth + 1);
-    }
-  }
-};
-
-// The sums of all subsets, and whether each lies in [0, slack].
-void sum_subsets(int64_t slack, MatchScratch& scratch) {
-  size_t size = 1;
-  scratch.sums[0] = 0;
-  const auto add = [&](int32_t tiles) {
-    for (size_t mask = 0; mask < size; ++mask)
-      scratch.sums[size + mask] = scratch.sums[mask] + tiles;
-    size *= 2;
-  };
-  for (const SplitNode& owner : scratch.surplus) add(-static_cast<int32_t>(owner.tiles));
-  for (const SplitNode& helper : scratch.room) add(static_cast<int32_t>(helper.tiles));
-  const uint32_t most = static_cast<uint32_t>(slack);
-  for (size_t mask = 0; mask < size; ++mask)
-    scratch.within[mask] = static_cast<uint32_t>(scratch.sums[mask]) <= most;
-}
 
 void Matcher::cover_mask(uint32_t mask) {
   const size_t num_owners = scratch.surplus.size();
@@ -271,14 +216,12 @@ bool Matcher::few_ranks() const {
 }
 
 void Matcher::match_subsets() {
-  sum_subsets(slack, scratch);
-  GroupSearch search(scratch, slack);
-  search.list(scratch.groups);
-  search.search(0, 0, 0, 0, 0);
-  uint32_t rest = search.full;
-  for (int i = 0; i < search.num_best; ++i) {
-    cover_mask(search.best[i]);
-    rest &= ~search.best[i];
+  std::array<uint32_t, kMaxEnumerated> groups;
+  const int num_groups = find_groups(slack, scratch, groups);
+  uint32_t rest = (1u << (scratch.surplus.size() + scratch.room.size())) - 1;
+  for (int i = 0; i < num_groups; ++i) {
+    cover_mask(groups[static_cast<size_t>(i)]);
+    rest &= ~groups[static_cast<size_t>(i)];
   }
   cover_mask(rest);
 }
@@ -360,8 +303,10 @@ void Matcher::match_all() {
     for (int64_t most = 0; most <= slack; most = 2 * most + 1) match_pairs(most);
     match_two_owners(0);
     match_two_helpers(0);
-    match_two_owners(slack);
-    match_two_helpers(slack);
+    if (slack > 0) {
+      match_two_owners(slack);
+      match_two_helpers(slack);
+    }
   }
   few_ranks() ? match_subsets() : cover_all();
 }

@@ -29,8 +29,9 @@ struct MatchScratch {
   static constexpr int kMaxEnumerated = 10;  // ranks whose subsets are all looked at
 
   std::vector<SplitNode> surplus, room;  // most tiles first
-  std::vector<SplitNode> group_surplus, group_room;
-  std::vector<int64_t> expert_tiles;  // [num_dynamic] of one owner, most first
+  std::vector<SplitNode> group_surplus, group_room, group_left;
+  std::vector<int32_t> expert_rows;   // [num_dynamic] of one owner
+  std::vector<int64_t> expert_tiles;  // of the same owner, only of its fullest, most first
   std::vector<uint64_t> groups;
   std::array<int32_t, 1 << kMaxEnumerated> sums;
   std::array<uint8_t, 1 << kMaxEnumerated> within;

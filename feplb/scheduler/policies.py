@@ -13,15 +13,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from feplb.scheduler.cost_model import UnitCosts
 from feplb.scheduler.plan import INT32_MAX, Move, Plan, PlanLimits
 
 if TYPE_CHECKING:
     from feplb import _core
 
-POLICIES = ("none", "greedy", "refine", "split")
+POLICIES = ("none", "greedy", "refine", "split", "auto")
 
 
-def make_plan(policy: str, counts: npt.ArrayLike, limits: PlanLimits) -> Plan:
+def make_plan(
+    policy: str, counts: npt.ArrayLike, limits: PlanLimits, *, costs: UnitCosts | None = None
+) -> Plan:
     """Choose which dynamic experts leave their owner for this micro-batch.
 
     Deterministic: equal arguments give an equal plan on every rank, so no message is needed.
@@ -30,14 +33,16 @@ def make_plan(policy: str, counts: npt.ArrayLike, limits: PlanLimits) -> Plan:
         policy: one of POLICIES.
         counts: [num_ranks, num_local_experts] integers; rows that each rank owns per local expert.
         limits: which experts may move, and what the arena can hold.
+        costs: what auto decides by; the others do not look at them.
     Returns:
         The plan; empty if nothing helps.
     Raises:
-        ValueError: unknown policy; counts of another shape or type, negative or above int32; more
-            dynamic experts than a rank has.
+        ValueError: unknown policy; auto without costs; counts of another shape or type, negative
+            or above int32; more dynamic experts than a rank has.
         RuntimeError: the compiled core is missing.
     """
-    rows, plan_hash = load_core().make_plan(policy, as_int32(counts), core_limits(limits))
+    units = None if costs is None else asdict(costs)
+    rows, plan_hash = load_core().make_plan(policy, as_int32(counts), core_limits(limits), units)
     moves = tuple(
         Move(expert_idx=expert, owner_rank=owner, dst_rank=dst, row_start=start, row_end=end)
         for expert, owner, dst, start, end in rows.tolist()

@@ -1,0 +1,109 @@
+#include "auto_plan.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+namespace feplb {
+namespace {
+
+// Max / mean aimed at where exact balance costs more copies than hide, millionths.
+constexpr std::array<int32_t, 8> kTargets = {1'010'000, 1'020'000, 1'050'000, 1'100'000,
+                                             1'200'000, 1'350'000, 1'600'000, 2'000'000};
+constexpr int64_t kGoodEnough = 16;  // other targets are tried if this part of the gain is missing
+
+class Chooser {
+ public:
+  Chooser(const PlanInput& input, AutoScratch& scratch)
+      : input_(input), s_(scratch), tiled_(in_tiles()) {}
+
+  void run() {
+    s_.best.clear();
+    s_.tried.clear();
+    const int64_t none = predict(input_, *input_.costs, s_.tried, s_.cost);
+    best_time_ = none;
+    const int64_t ceiling = even_time();
+    try_refine(0);
+    try_split(0);
+    if (best_time_ - ceiling <= (none - ceiling) / kGoodEnough) return;
+    for (const int32_t target : kTargets) {
+      try_refine(target);
+      try_split(target);
+    }
+  }
+
+ private:
+  // An expert's last tile costs as a full one, so ranks are balanced in tiles.
+  PlanInput in_tiles() {
+    PlanInput tiled = input_;
+    const int64_t tile = input_.costs->tile_rows;
+    const int64_t most = std::numeric_limits<int32_t>::max() / tile * tile;
+    const size_t size = size_t(input_.num_ranks) * size_t(input_.num_local_experts);
+    s_.tiled.resize(size);
+    for (size_t i = 0; i < size; ++i)
+      s_.tiled[i] = int32_t(std::min((input_.counts[i] + tile - 1) / tile * tile, most));
+    tiled.counts = s_.tiled.data();
+    return tiled;
+  }
+
+  // Forward and backward of the un-balanced work, were it spread evenly; needs the cost scratch of
+  // the prediction without moves.
+  int64_t even_time() const {
+    const UnitCosts& costs = *input_.costs;
+    int64_t tiles = 0;
+    for (const int32_t rows : s_.tiled) tiles += rows;
+    const int64_t row = costs.row_forward + costs.row_dgrad + costs.row_wgrad;
+    return tiles * row / std::max(1, input_.num_ranks);
+  }
+
+  void try_refine(int32_t target) {
+    PlanInput input = tiled_;
+    input.limits.target_ppm = std::max(target, input_.limits.target_ppm);
+    s_.tried.clear();
+    refine(input, s_.refine, s_.tried);
+    for (Move& move : s_.tried)
+      move.row_end = input_.counts[size_t(move.owner_rank) * size_t(input_.num_local_experts) +
+                                   size_t(move.expert_idx)];
+    std::sort(s_.tried.begin(), s_.tried.end(), by_owner);
+    judge();
+  }
+
+  void try_split(int32_t target) {
+    if (input_.limits.grain_rows < 1) return;
+    PlanInput input = input_;
+    input.limits.target_ppm = std::max(target, input_.limits.target_ppm);
+    s_.tried.clear();
+    split(input, s_.split, s_.tried);
+    judge();
+  }
+
+  void judge() {
+    if (s_.tried.empty()) return;
+    const int64_t time = predict(input_, *input_.costs, s_.tried, s_.cost);
+    if (time >= best_time_ || too_short()) return;
+    best_time_ = time;
+    std::swap(s_.best, s_.tried);
+  }
+
+  // In tiles an expert of min_tokens may look larger than it is.
+  bool too_short() const {
+    const int32_t least = std::max(1, input_.limits.min_tokens);
+    return std::any_of(s_.tried.begin(), s_.tried.end(),
+                       [least](const Move& move) { return move.row_end - move.row_start < least; });
+  }
+
+  const PlanInput& input_;
+  AutoScratch& s_;
+  const PlanInput tiled_;
+  int64_t best_time_ = 0;
+};
+
+}  // namespace
+
+void plan_by_cost(const PlanInput& input, AutoScratch& scratch, std::vector<Move>& moves) {
+  if (input.num_ranks < 2) return;
+  Chooser(input, scratch).run();
+  moves.insert(moves.end(), scratch.best.begin(), scratch.best.end());
+}
+
+}  // namespace feplb
