@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -22,7 +23,8 @@ from .arguments import check_rows, check_sinks, check_weights, checked_counts
 from .call import CallBits, CallRecord, WeightLayout, flatten_weights
 from .compute import ExpertCompute
 from .config import BalancerConfig, Environment, LayerSpec, check_queues, read_environment
-from .connect import Reservation, connect, identity
+from .connect import Reservation, connect, identity, open_together
+from .costs import predicted_costs
 from .domain_calls import DomainCalls
 from .memory import MemoryReport, memory_report
 from .peers import Peers, find_domain
@@ -131,6 +133,9 @@ class Balancer:
         self.memory = reservation.memory
         own = identity(config, self.policy, self.layers)
         core, rate = connect(peers, ranks, own, environment, config, reservation)
+        for layer, spec in enumerate(self.layers):
+            core.set_costs(layer, asdict(predicted_costs(config, spec, rate)))
+        open_together(peers, core)
         self.domain = DomainCalls(core, ranks, config, self.layers, rate)
         self._stats_at_start: dict[str, int] = core.stats()
         logger.info(
@@ -163,12 +168,11 @@ class Balancer:
                         min_tokens=self.config.min_tokens,
                         max_recv_rows=max_rows,
                         max_return_rows=max_rows,
-                        max_copies=0,
-                        target_ppm=0,
-                        grain_rows=128,
-                        search_steps=0,
+                        max_copies=self.config.copy_budget or 0,
+                        target_ppm=round(1e6 * (self.config.target_imbalance or 0)),
+                        grain_rows=self.config.grain(self.policy),
+                        search_steps=self.config.search_steps or 0,
                     ),
-                    "costs": None,
                 }
             )
         memory = memory_report(shapes, slots, grad_slots, self.num_ranks)

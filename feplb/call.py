@@ -187,6 +187,21 @@ def kept_segments(counts: Sequence[int], sent: Sequence[RoutedMove]) -> list[Seg
     return segments
 
 
+def rows_on_the_way_back(rank: int, moves: np.ndarray) -> int:
+    """Rows whose way back the kept B of ``rank`` should cover, [num_moves, 5] moves of all ranks.
+
+    What comes back to it, what it sends back, and what others send to the same owners, who take in
+    no faster than their own link. (Covering only one's own leaves a twentieth of forward's gain
+    where an owner has several helpers, modelled: scheduler/cost_model.py.)
+
+    Example: 6 rows of rank 0 go to rank 1 and 2 to rank 2 -> 8 for each of the three.
+    """
+    owner, helper, num_rows = moves[:, 1], moves[:, 2], moves[:, 4] - moves[:, 3]
+    owners = {rank, *owner[helper == rank].tolist()}
+    most_sent = max(int(num_rows[owner == r].sum()) for r in owners)
+    return max(most_sent, int(num_rows[helper == rank].sum()))
+
+
 def split_kept(segments: list[Segment], rows_in_b: int) -> tuple[list[Segment], list[Segment]]:
     """Kept A and kept B: B is the shortest suffix of whole segments of >= rows_in_b rows."""
     at, rows = len(segments), 0

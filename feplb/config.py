@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 LANES = ("auto", "host")
-POLICIES = ("none", "greedy", "refine", "split")
+POLICIES = ("none", "greedy", "refine", "split", "auto")
 _KNOWN_VARIABLES = ("FEPLB_LOG", "FEPLB_LANE", "FEPLB_OFF", "FEPLB_DOMAIN")
 # Measured: GEMM bits change with 1 to 3 rows at addresses that are not multiples of this.
 _BYTE_MULTIPLE = 16
@@ -180,18 +180,29 @@ class BalancerConfig:
     """How one domain balances.
 
     Args:
-        policy: ``"greedy"`` (whole experts, the paper's) or ``"none"`` (the reference arm: same
-            compute, no moves).
+        policy: ``"none"`` (the reference arm: same compute, no moves); ``"greedy"`` (whole experts,
+            the paper's); ``"refine"`` (whole experts, searched for: every bit as with ``none``);
+            ``"split"`` (row ranges: one expert may be shared by several ranks); ``"auto"``
+            (whichever the cost model predicts to be done first, ``none`` included).
         num_dynamic: how many of each rank's experts may move, the last ones (paper: dyn); None:
             all.
         num_slots: received experts a rank can hold (paper: max_num_dyn).
         num_grad_slots: moves whose weight grads an owner can take back in one call; None: as
             num_slots.
         min_tokens: fewest rows worth a move (paper: tau).
+        copy_budget: most weight copies of a call, over all ranks of the domain; None: at least
+            four, one per rank with whole experts, two with ``split``.
+        target_imbalance: max / mean of the ranks' rows to be reached, with as few copies as that
+            takes; None: as near 1 as pays. Not for ``greedy``.
+        grain_rows: ``split`` sends multiples of this; None: 16, since the host lane's GEMMs have no
+            tiles worth more.
+        split_experts: False keeps ``auto`` to whole experts, and so to the bits of ``none``.
+        search_steps: steps of ``refine``'s search; None: about 20 us for 8 ranks x 128 experts, 400
+            take about 70 us and leave a quarter less.
         deadline_s: longest any wait may last, in seconds; below NCCL's and DeepEP's 100 s.
         lane: how bytes travel; ``"auto"`` is ``"host"``, the one lane there is so far.
-        gemm_gflops: this rank's expert GEMM rate in 10^9 operations per second, used only to size
-            kept B (the work that hides the way back); None: 50 per CPU thread.
+        gemm_gflops: a rank's expert GEMM rate in 10^9 operations per second, to size kept B (the
+            work that hides the way back) and for ``auto``; None: 50 per CPU thread.
         lane_gbps: rate of the way back in 10^9 bytes per second; None: as measured at start-up.
         allow_single_queue: on GPUs, accept ``CUDA_DEVICE_MAX_CONNECTIONS=1`` without a setting for
             copies: they then wait behind kernels, and little is gained.
@@ -202,6 +213,11 @@ class BalancerConfig:
     num_slots: int = 8
     num_grad_slots: int | None = None
     min_tokens: int = 1
+    copy_budget: int | None = None
+    target_imbalance: float | None = None
+    grain_rows: int | None = None
+    split_experts: bool = True
+    search_steps: int | None = None
     deadline_s: float = 60.0
     lane: str = "auto"
     gemm_gflops: float | None = None
@@ -216,6 +232,14 @@ class BalancerConfig:
             _require(value is None or value >= 0, f"{name}={value}, expected >= 0")
         _require(self.min_tokens >= 1, f"min_tokens={self.min_tokens}, expected >= 1")
         _require(self.deadline_s > 0, f"deadline_s={self.deadline_s}, expected > 0")
+        for name in ("copy_budget", "grain_rows", "search_steps"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name}={value}, expected >= 1")
+        target = self.target_imbalance
+        _require(
+            target is None or 1 <= target <= 1000,
+            f"target_imbalance={target}, expected 1 to 1000: max / mean of the ranks' rows",
+        )
         for name in ("gemm_gflops", "lane_gbps"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name}={value}, expected > 0")
@@ -224,6 +248,12 @@ class BalancerConfig:
     def grad_slots(self) -> int:
         """Weight-grad slots per owner."""
         return self.num_slots if self.num_grad_slots is None else self.num_grad_slots
+
+    def grain(self, policy: str) -> int:
+        """Rows that ``policy`` sends together; 0 where it may not split an expert."""
+        if policy == "auto" and not self.split_experts:
+            return 0
+        return 16 if self.grain_rows is None else self.grain_rows
 
     def dynamic_experts(self, spec: LayerSpec) -> int:
         """How many of a layer's local experts may move."""

@@ -54,7 +54,7 @@ def connect(
     peers: Peers, domain: DomainRanks, own: dict[str, str], environment: Environment,
     config: BalancerConfig, reservation: Reservation,
 ) -> tuple[Any, float]:  # fmt: skip
-    """Build this rank's C++ Domain and open it.
+    """Build this rank's C++ Domain and prove its lane; ``open_together`` starts it.
 
     Returns:
         (the Domain, the rate of its slowest rank through the lane in GB/s).
@@ -111,6 +111,10 @@ def connect(
         created.clear()  # the Domain keeps what it needs
     canary = min(_CANARY_BYTES, arena_bytes // domain.num_ranks // 64 * 64)
     rates = peers.together(lambda: float(domains[0].prove_lane(canary)))
-    domains[0].open()
-    peers.gather(None)  # nobody begins before everybody is open
     return domains[0], min(rates[rank] for rank in domain.group_ranks)
+
+
+def open_together(peers: Peers, core: Any) -> None:
+    """Start the Domain's threads; nobody begins before everybody is open. Collective, blocks."""
+    core.open()
+    peers.gather(None)

@@ -25,12 +25,11 @@ from .call import (
     CallRecord,
     RoutedMove,
     first_rows,
+    rows_on_the_way_back,
 )
 from .config import BalancerConfig, LayerSpec
+from .costs import gemm_gflops, lane_gbps
 from .peers import DomainRanks
-
-_CPU_GFLOPS_PER_THREAD = 50.0
-_LEAST_GBPS = 0.1  # a canary of a few bytes measures latency, not rate
 
 
 class _OneCaller:
@@ -77,7 +76,8 @@ class DomainCalls:
         self.records: dict[int, CallRecord] = {}
         self.micro_batches = [0] * len(layers)
         self._config = config
-        self._lane_gbps = config.lane_gbps or max(measured_gbps, _LEAST_GBPS)
+        self._rank = ranks.rank
+        self._lane_gbps = lane_gbps(config, measured_gbps)
         self._views: ArenaViews | None = ArenaViews(core, layers)
         self._caller = threading.Lock()
         self._closed = False
@@ -256,15 +256,11 @@ class DomainCalls:
         return self._views
 
     def rows_in_kept_b(self, spec: LayerSpec, agreement: Agreement) -> int:
-        """Rows of kept work that take as long as this rank's returns travel."""
-        returning = max(
-            sum(move.num_rows for move in agreement.sent),
-            sum(move.num_rows for move in agreement.received),
-        )
-        if returning == 0:
+        """Rows of kept work that take as long as what this rank waits for, or sends, travels."""
+        if not agreement.sent and not agreement.received:
             return 0
-        rate = self._config.gemm_gflops or _CPU_GFLOPS_PER_THREAD * torch.get_num_threads()
-        seconds_per_row = spec.flops_per_row / (rate * 1e9)
+        returning = rows_on_the_way_back(self._rank, agreement.moves)
+        seconds_per_row = spec.flops_per_row / (gemm_gflops(self._config) * 1e9)
         way_back_s = returning * spec.row_bytes / (self._lane_gbps * 1e9)
         return int(way_back_s / seconds_per_row) + 1
 

@@ -1,10 +1,14 @@
-"""CallRecord: what a finished call says about itself."""
+"""One call in numbers: what a finished one says about itself, and what kept B should cover."""
 
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from feplb.balancer import CallRecord
+from feplb import call
+from feplb.call import CallRecord
+from feplb.scheduler import PlanLimits, cost_model, make_plan
+from feplb.scheduler.workloads import calibrated
 
 
 def test_a_call_record_knows_loads_and_rows_moved() -> None:
@@ -20,3 +24,21 @@ def test_a_call_without_moves_leaves_loads_alone() -> None:
     record = CallRecord(np.array([[1, 2]], dtype=np.int32), np.zeros((0, 5), np.int32), plan_us=0)
     assert record.loads_after.tolist() == record.loads_before.tolist() == [3]
     assert record.num_rows_moved == 0
+
+
+@pytest.mark.parametrize("policy", ["refine", "split"])
+def test_kept_b_covers_what_the_cost_model_says(policy: str) -> None:
+    counts = calibrated(8, seed=1, step=0)
+    limits = PlanLimits(
+        num_dynamic=16, num_slots=8, num_grad_slots=8, max_recv_rows=2**40, max_return_rows=2**40
+    )
+    plan = make_plan(policy, counts, limits)
+    moves = [(m.expert_idx, m.owner_rank, m.dst_rank, m.row_start, m.row_end) for m in plan.moves]
+    seen = [call.rows_on_the_way_back(rank, np.array(moves)) for rank in range(8)]
+    assert seen == cost_model.rows_on_the_way_back(8, plan.moves)
+    assert max(seen) > 0
+
+
+def test_rows_on_the_way_back_by_hand() -> None:
+    moves = np.array([[0, 0, 1, 0, 6], [0, 0, 2, 6, 8]])
+    assert [call.rows_on_the_way_back(rank, moves) for rank in range(4)] == [8, 8, 8, 0]

@@ -104,9 +104,9 @@ def test_budget_holds_and_greedy_is_never_better(
     drawn = np.random.RandomState(seed).lognormal(3, 1, (num_ranks, num_local_experts))
     counts = drawn.astype(np.int64)
     plan = plan_of(counts, copies)
-    assert len(plan.moves) <= (copies or num_ranks)
+    assert len(plan.moves) <= (copies or max(4, num_ranks))
     greedy = make_plan("greedy", counts, limits_for(counts, copies))
-    if len(greedy.moves) <= (copies or num_ranks):
+    if len(greedy.moves) <= (copies or max(4, num_ranks)):
         assert plan.loads_after(counts).max() <= 1.1 * greedy.loads_after(counts).max() + 1
 
 

@@ -48,7 +48,7 @@ ORDER = [
     ["late_grads"],
     ["domain_calls"],
     ["arena_views", "arguments", "connect"],
-    ["call", "memory", "peers", "function_compute"],
+    ["call", "costs", "memory", "peers", "function_compute"],
     ["compute", "router", "dispatch", "scheduler"],
     ["config", "_core"],
 ]

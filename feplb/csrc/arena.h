@@ -17,7 +17,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,7 +34,6 @@ struct LayerShape {
   int64_t max_rows = 0;                     // most rows moved into or out of a rank in one call
   Policy policy = Policy::kNone;
   PlanLimits limits;
-  std::optional<UnitCosts> costs;  // auto decides by them
 };
 
 // Offsets, in bytes from the start of a half, of the row-major pieces that travel together.

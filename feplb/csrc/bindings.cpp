@@ -189,7 +189,6 @@ LayerShape layer_shape_from(const py::dict& spec) {
   shape.max_rows = spec["max_rows"].cast<int64_t>();
   shape.policy = policy_from_name(spec["policy"].cast<std::string>());
   shape.limits = spec["limits"].cast<PlanLimits>();
-  shape.costs = costs_from(spec["costs"]);
   return shape;
 }
 
@@ -373,6 +372,12 @@ void bind_domain(py::module_& module) {
            py::arg("deadline_s"), py::arg("layers"), py::arg("num_slots"),
            py::arg("num_grad_slots"), py::arg("pids"), py::arg("global_ranks"), py::arg("board"),
            py::arg("arenas"))
+      .def(
+          "set_costs",
+          [](Domain& domain, int layer, const py::dict& costs) {
+            domain.set_costs(layer, *costs_from(costs));
+          },
+          py::arg("layer"), py::arg("costs"))
       .def("open", &Domain::open, ReleaseGil())
       .def("prove_lane", &Domain::prove_lane, py::arg("bytes"), ReleaseGil())
       .def("close", &Domain::close, ReleaseGil())

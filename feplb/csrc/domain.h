@@ -69,6 +69,8 @@ class Domain {
   ~Domain();
 
   // Starts mover and watchdog, once every rank has built its domain.
+  // What auto decides by; before open().
+  void set_costs(int32_t layer, const UnitCosts& costs) { mover_.set_costs(layer, costs); }
   void open();
   // Ends threads and lane without any collective and lets go of the memory; only closed() and
   // failure_text() may be called afterwards. Idempotent; in a forked child it does nothing.

@@ -232,7 +232,8 @@ void Mover::choose_moves() {
   input.num_ranks = board_.num_ranks();
   input.num_local_experts = shape.num_local_experts;
   input.limits = shape.limits;
-  input.costs = shape.costs ? &*shape.costs : nullptr;
+  const auto costs = costs_.find(header_.layer);
+  input.costs = costs != costs_.end() ? &costs->second : nullptr;
   const TimePoint start = Clock::now();
   make_plan(shape.policy, input, scratch_, agreement_.plan);
   agreement_.plan_ns =

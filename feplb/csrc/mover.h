@@ -12,6 +12,7 @@
 #pragma once
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -47,6 +48,7 @@ class Mover {
         Bell& caller_bell);
 
   // -- the caller's side --
+  void set_costs(int32_t layer, const UnitCosts& costs) { costs_[layer] = costs; }  // before all
   void begin(CallHeader header, std::vector<Move> saved_moves);
   bool planned() const { return planned_.load(std::memory_order_acquire); }
   void ring_waiting_peers();  // must follow begin()
@@ -103,6 +105,7 @@ class Mover {
   std::vector<Move> saved_moves_;
   Agreement agreement_;
   PlanScratch scratch_;
+  std::map<int32_t, UnitCosts> costs_;  // by layer; not changed once the thread runs
   std::vector<CallHeader> headers_;
   Job jobs_[kNumLevels];
   // Last seq that used a region's half on each rank; a push there waits for its release.

@@ -30,7 +30,8 @@ struct PlanLimits {
   int64_t max_recv_rows = 0;    // rows a helper can take in
   int64_t max_return_rows = 0;  // rows an owner can get back
   // What refine and split aim at (greedy, the paper's, has no such knobs).
-  int32_t max_copies = 0;  // most weight copies of a plan, over all ranks; 0: one per rank
+  int32_t max_copies = 0;  // most weight copies of a plan, over all ranks; 0: at least four, one
+                           // per rank in refine, two in split
   int32_t target_ppm = 0;  // max / mean wanted, in millionths; below 1'000'000: the least there is
   int32_t grain_rows = 128;  // split sends multiples of this, or all rows that an expert has;
                              // 0: auto moves whole experts only

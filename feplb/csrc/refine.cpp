@@ -30,7 +30,7 @@ class Refiner {
   Refiner(Ranks& ranks, RefineScratch& scratch, const PlanLimits& limits)
       : ranks_(ranks),
         scratch_(scratch),
-        copies_(limits.max_copies > 0 ? limits.max_copies : ranks.num_ranks()),
+        copies_(limits.max_copies > 0 ? limits.max_copies : std::max(4, ranks.num_ranks())),
         max_steps_(limits.search_steps > 0 ? limits.search_steps
                                            : std::max(kSteps, kStepsPerRank * ranks.num_ranks())),
         steps_per_try_(std::max(kStepsPerTry, 2 * ranks.num_ranks())),

@@ -13,7 +13,7 @@ constexpr int kMaxTries = 16;  // targets tried where a limit forbids the least 
 int64_t least_rows(const PlanLimits& limits) { return std::max(1, limits.min_tokens); }
 
 int64_t copy_budget(const PlanInput& input) {
-  return input.limits.max_copies > 0 ? input.limits.max_copies : input.num_ranks;
+  return input.limits.max_copies > 0 ? input.limits.max_copies : std::max(4, 2 * input.num_ranks);
 }
 
 // ------------------------------------------------------------------------------------- target T

@@ -61,7 +61,8 @@ class PlanLimits:
         max_recv_rows: rows a helper can take in.
         max_return_rows: rows an owner can get back.
         min_tokens: fewest rows worth a move (paper: tau); an empty expert never moves.
-        max_copies: most weight copies of a plan, over all ranks (refine, split); 0: one per rank.
+        max_copies: most weight copies of a plan, over all ranks (refine, split); 0: at least four,
+            one per rank in refine, two in split.
         target_ppm: max / mean to be reached, in millionths, with as few copies as that takes
             (refine, split); below 1,000,000: the least there is.
         grain_rows: split sends multiples of this, or all rows that an expert has.

@@ -73,7 +73,7 @@ class Problem:
             rows=rows,
             loads=rank_loads(rows),
             limits=limits,
-            max_copies=limits.max_copies or len(rows),
+            max_copies=limits.max_copies or max(4, len(rows)),
             grain_rows=grain_rows,
         )
 
