@@ -21,6 +21,7 @@ from torch import Tensor
 
 from feplb import Balancer, BalancerConfig, ExpertCompute, LayerSpec
 from feplb.compute import Saved
+from feplb.costs import predicted_costs
 from feplb.moe import MoEConfig, MoELayer
 from feplb.router import TopKRouter
 from feplb.scheduler import Plan, PlanLimits, make_plan, plan_violations
@@ -58,7 +59,23 @@ class Shape:
             num_grad_slots=NUM_SLOTS,
             max_recv_rows=rows,
             max_return_rows=rows,
+            grain_rows=0,
         )
+
+    def spec(self) -> LayerSpec:
+        """As the Balancers take it."""
+        return LayerSpec(
+            self.experts, self.hidden, torch.float32, self.weight_shapes(),
+            max_rows=self.limits().max_recv_rows,
+        )  # fmt: skip
+
+
+def config_of(policy: str) -> BalancerConfig:
+    """The Balancers'. A lane rate of the host lane's usual size, and not this start's measured one,
+    so that the plan of `auto` is known before it runs; whole experts, whose bits are compared."""
+    return BalancerConfig(
+        policy=policy, num_slots=NUM_SLOTS, split_experts=False, gemm_gflops=50.0, lane_gbps=8.0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +163,8 @@ def pieces_under(plan: Plan, counts: Rows, rank: int) -> list[Piece]:
 
 def plan_of(policy: str, counts: Rows, shape: Shape) -> Plan:
     """What a Balancer of this policy will do; check_arms compares."""
-    plan = make_plan(policy, counts, shape.limits())
+    costs = predicted_costs(config_of(policy), shape.spec(), measured_gbps=0)
+    plan = make_plan(policy, counts, shape.limits(), costs=costs)
     if violations := plan_violations(plan, counts, shape.limits()):
         raise RuntimeError(f"{policy}: " + "; ".join(violations))
     return plan
@@ -231,17 +249,11 @@ class RankLayer:
         self.rows = torch.randn(sizes, generator=pool)  # of every owner, so that helpers have them
         self.grads = torch.randn(sizes, generator=pool)
         self._open = ExitStack()
-        spec = LayerSpec(
-            shape.experts, shape.hidden, torch.float32, shape.weight_shapes(),
-            max_rows=shape.limits().max_recv_rows,
-        )  # fmt: skip
         sides = Shape(hidden=EMPTY_HIDDEN, ffn=EMPTY_HIDDEN).weight_shapes()
         empty = LayerSpec(shape.experts, EMPTY_HIDDEN, torch.float32, sides)
         self.balancers = {
             policy: self._open.enter_context(
-                Balancer(
-                    BalancerConfig(policy=policy, num_slots=NUM_SLOTS), group, layers=[spec, empty]
-                )
+                Balancer(config_of(policy), group, layers=[shape.spec(), empty])
             )
             for policy in (NONE, *self.policies)
         }

@@ -329,7 +329,8 @@ def main(options: Namespace) -> None:
 if __name__ == "__main__":
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument(
-        "--policies", nargs="+", default=["greedy"], choices=[p for p in POLICIES if p != NONE],
-        help="what to compare; plan_ideal is the first one's",
+        "--policies", nargs="+", default=["greedy"],
+        choices=[policy for policy in POLICIES if policy not in (NONE, "split")],
+        help="what to compare; plan_ideal is the first one's (split has other bits than none)",
     )  # fmt: skip
     main(parser.parse_args())
