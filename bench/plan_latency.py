@@ -12,7 +12,7 @@ plan in Python, two processes, the mover on the same core as its rank.
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from report import Report, Row, arguments, iqr, median, percentile
 
 from feplb import _core
 from feplb.scheduler import PlanLimits, make_plan, plan_violations, token_straggler
+from feplb.scheduler.machines import GLM5, MACHINES, unit_costs
 from feplb.scheduler.policies import core_limits
 from feplb.scheduler.workloads import calibrated
 
@@ -30,13 +31,20 @@ NUM_TOKENS, TOP_K = 4096, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """target_us: the median this size must stay below, where one is promised."""
+    """target_us: the median this size must stay below, where one is promised.
+
+    max_copies and search_steps as in PlanLimits; cold: 8 MiB of other memory are written before
+    each plan, as a layer's GEMMs do.
+    """
 
     ranks: int
     experts: int
     num_dynamic: int
     target_us: float | None = None
     policy: str = "greedy"
+    max_copies: int = 0
+    search_steps: int = 0
+    cold: bool = False
 
     def limits(self) -> PlanLimits:
         """8 slots (paper: max_num_dyn) and, each way, as many rows as a rank has on average."""
@@ -47,6 +55,8 @@ class Case:
             min_tokens=64,
             max_recv_rows=NUM_TOKENS * TOP_K,
             max_return_rows=NUM_TOKENS * TOP_K,
+            max_copies=self.max_copies,
+            search_steps=self.search_steps,
         )
 
 
@@ -60,9 +70,26 @@ CASES = (
     Case(ranks=8, experts=256, num_dynamic=4),
     Case(ranks=8, experts=256, num_dynamic=32),
     Case(ranks=72, experts=288, num_dynamic=4),
-)
+    Case(policy="refine", ranks=2, experts=128, num_dynamic=64),
+    Case(policy="refine", ranks=4, experts=128, num_dynamic=32),
+    Case(policy="refine", ranks=8, experts=128, num_dynamic=16, max_copies=8, target_us=25.0),
+    Case(policy="refine", ranks=8, experts=128, num_dynamic=16, max_copies=8, cold=True),
+    Case(policy="refine", ranks=8, experts=128, num_dynamic=16, max_copies=8, search_steps=400,
+         target_us=100.0),
+    Case(policy="refine", ranks=8, experts=128, num_dynamic=16, max_copies=16),
+    Case(policy="refine", ranks=72, experts=288, num_dynamic=4),
+    Case(policy="refine", ranks=64, experts=512, num_dynamic=8),
+    Case(policy="split", ranks=8, experts=128, num_dynamic=16, target_us=2.0),
+    Case(policy="split", ranks=8, experts=128, num_dynamic=16, cold=True),
+    Case(policy="split", ranks=72, experts=288, num_dynamic=4, target_us=12.0),
+    Case(policy="split", ranks=64, experts=512, num_dynamic=8),
+    Case(policy="auto", ranks=8, experts=128, num_dynamic=16),
+    Case(policy="auto", ranks=8, experts=128, num_dynamic=16, cold=True),
+)  # fmt: skip
+COSTS = unit_costs(MACHINES["h100"], GLM5, rows_per_rank=NUM_TOKENS * TOP_K)
+EVICTED_BYTES, COLD_INPUTS = 8 << 20, 400
 COLUMNS = (
-    *("policy", "ranks", "experts", "num_dynamic", "inputs", "moves_mean"),
+    *("policy", "ranks", "experts", "num_dynamic", "search_steps", "cold", "inputs", "moves_mean"),
     *("straggler_before", "straggler_after", "us_p50", "us_p99", "us_iqr", "target_us"),
 )
 
@@ -88,7 +115,7 @@ def check_plans(case: Case, inputs: npt.NDArray[np.int32]) -> Row:
     """What the plans do, once each of them has been found valid."""
     num_moves, before, after = [], [], []
     for index, counts in enumerate(inputs):
-        plan = make_plan(case.policy, counts, case.limits())
+        plan = make_plan(case.policy, counts, case.limits(), costs=COSTS)
         if violations := plan_violations(plan, counts, case.limits()):
             raise SystemExit(f"{case}, input {index}: " + "; ".join(violations))
         num_moves.append(len(plan.moves))
@@ -102,7 +129,11 @@ def check_plans(case: Case, inputs: npt.NDArray[np.int32]) -> Row:
 
 
 def time_case(case: Case, inputs: npt.NDArray[np.int32], passes: int) -> Row:
-    times_us = _core.time_plans(case.policy, inputs, core_limits(case.limits()), passes)
+    evicted = EVICTED_BYTES if case.cold else 0
+    sample = inputs[:COLD_INPUTS] if case.cold else inputs
+    times_us = _core.time_plans(
+        case.policy, sample, core_limits(case.limits()), passes, asdict(COSTS), evicted
+    )
     return {
         "us_p50": median(times_us),
         "us_p99": percentile(times_us, 99),
@@ -125,6 +156,8 @@ def plan_rows(num_inputs: int, passes: int) -> list[Row]:
                 "ranks": case.ranks,
                 "experts": case.experts,
                 "num_dynamic": case.num_dynamic,
+                "search_steps": case.search_steps or None,
+                "cold": case.cold,
                 "inputs": len(inputs[size]),
                 **check_plans(case, inputs[size]),
                 **time_case(case, inputs[size], passes),

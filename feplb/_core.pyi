@@ -38,6 +38,7 @@ def time_plans(
     limits: PlanLimits,
     repeats: int,
     costs: dict[str, int] | None = None,
+    evicted_bytes: int = 0,
 ) -> npt.NDArray[np.float64]: ...
 
 # domain ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ namespace {
 // Max / mean aimed at where exact balance costs more copies than hide, millionths.
 constexpr std::array<int32_t, 8> kTargets = {1'010'000, 1'020'000, 1'050'000, 1'100'000,
                                              1'200'000, 1'350'000, 1'600'000, 2'000'000};
+constexpr int32_t kMostRanks = 16;   // above, refine takes too long to be tried for every target
 constexpr int64_t kGoodEnough = 16;  // other targets are tried if this part of the gain is missing
 
 class Chooser {
@@ -27,7 +28,7 @@ class Chooser {
     try_split(0);
     if (best_time_ - ceiling <= (none - ceiling) / kGoodEnough) return;
     for (const int32_t target : kTargets) {
-      try_refine(target);
+      if (input_.num_ranks <= kMostRanks) try_refine(target);
       try_split(target);
     }
   }

@@ -108,17 +108,21 @@ double clock_cost_us() {
 
 // Each call alone between two readings of the clock. One repeat is one pass over all inputs, so the
 // branch predictor meets as many other plans between two visits to an input as there are inputs.
-std::vector<double> time_each(Policy policy, PlanInput input, py::ssize_t num_inputs, int repeats) {
+// With evicted_bytes that much other memory is written before each call, as a step's GEMMs do.
+std::vector<double> time_each(Policy policy, PlanInput input, py::ssize_t num_inputs, int repeats,
+                              std::size_t evicted_bytes) {
   const int32_t* first = input.counts;
   const py::ssize_t stride = py::ssize_t{input.num_ranks} * input.num_local_experts;
   PlanScratch scratch;
   Plan plan;
+  std::vector<unsigned char> evicting(evicted_bytes);
   std::vector<std::vector<double>> samples(static_cast<size_t>(num_inputs));
   for (auto& of_input : samples) of_input.resize(static_cast<size_t>(repeats));
   make_plan(policy, input, scratch, plan);  // buffers grow here, outside the measurement
   for (int repeat = 0; repeat < repeats; ++repeat) {
     for (py::ssize_t i = 0; i < num_inputs; ++i) {
       input.counts = first + i * stride;
+      for (std::size_t at = 0; at < evicting.size(); at += 64) ++evicting[at];
       const auto start = std::chrono::steady_clock::now();
       make_plan(policy, input, scratch, plan);
       samples[static_cast<size_t>(i)][static_cast<size_t>(repeat)] =
@@ -132,7 +136,8 @@ std::vector<double> time_each(Policy policy, PlanInput input, py::ssize_t num_in
 }
 
 py::array_t<double> time_plans(const std::string& policy_name, const CountsArray& counts,
-                               const PlanLimits& limits, int repeats, const py::object& costs) {
+                               const PlanLimits& limits, int repeats, const py::object& costs,
+                               std::size_t evicted_bytes) {
   PlanInput input = input_from(counts, 3, limits);
   const std::optional<UnitCosts> units = costs_from(costs);
   input.costs = units ? &*units : nullptr;
@@ -142,7 +147,7 @@ py::array_t<double> time_plans(const std::string& policy_name, const CountsArray
   std::vector<double> times;
   {
     py::gil_scoped_release release;
-    times = time_each(policy, input, counts.shape(0), repeats);
+    times = time_each(policy, input, counts.shape(0), repeats, evicted_bytes);
   }
   return py::array_t<double>(static_cast<py::ssize_t>(times.size()), times.data());
 }
@@ -166,7 +171,8 @@ void bind_plan(py::module_& module) {
   module.def("predict", &predict_for, py::arg("counts").noconvert(), py::arg("moves").noconvert(),
              py::arg("costs"));
   module.def("time_plans", &time_plans, py::arg("policy"), py::arg("counts").noconvert(),
-             py::arg("limits"), py::arg("repeats"), py::arg("costs") = py::none());
+             py::arg("limits"), py::arg("repeats"), py::arg("costs") = py::none(),
+             py::arg("evicted_bytes") = 0);
 }
 
 // -------------------------------------------------------------------------------------- domain

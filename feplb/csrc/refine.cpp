@@ -9,7 +9,7 @@ namespace {
 // take about 20 us and leave 0.9 % of the straggler, 400 take about 70 us and leave 0.65 %.
 constexpr int32_t kSteps = 60;
 constexpr int32_t kStepsPerTry = 32;
-constexpr int32_t kStepsPerRank = 8;  // where there are many ranks: each takes a step
+constexpr int32_t kStepsPerRank = 4;  // where there are many ranks: each takes a step
 constexpr int32_t kMoreRoots = 3;   // first candidates a failing try begins with, given more steps
 constexpr int32_t kMostRanks = 16;  // that are closed one by one: a board grows with their square
 constexpr int32_t kStarts = 3;      // of pairing off
@@ -40,24 +40,28 @@ class Refiner {
   void run() {
     const int32_t n = ranks_.num_ranks();
     if (goal_ > ranks_.mean()) reach_with_few_copies();
-    if (copies_ >= 2 * (n - 1) || n > kMostRanks) {
-      for (int32_t skip = 0; skip < kStarts && above(goal_); ++skip)
-        pair_off(ranks_, scratch_, copies_, skip);
-    } else if (copies_ >= n - 1) {
+    const bool pairs = copies_ >= 2 * (n - 1) || n > kMostRanks;
+    if (pairs) pair_up(goal_);
+    if (n <= kMostRanks && copies_ >= n - 1 && (!pairs || above(good_enough()))) {
       bisect(max_steps_, [this](int64_t aim) { return close_all(aim, roots_); });
       if (above(good_enough()))
         bisect(2 * max_steps_, [this](int64_t aim) { return close_all(aim, kMoreRoots); });
     }
     if (above(good_enough()))
       bisect(max_steps_, [this](int64_t aim) { return relieve_to(aim, copies_); });
-    for (int32_t skip = 0; skip < kStarts && above(good_enough()); ++skip)
-      pair_off(ranks_, scratch_, copies_, skip);
+    if (!pairs && above(good_enough())) pair_up(good_enough());
     if (above(goal_)) polish(ranks_, scratch_, goal_);
   }
 
  private:
   bool above(int64_t rows) const { return ranks_.best_fullest() > rows; }
   int64_t good_enough() const { return goal_ + goal_ / kGood; }
+
+  void pair_up(int64_t enough) {
+    const int32_t starts = ranks_.num_ranks() > kMostRanks ? 1 : kStarts;
+    for (int32_t skip = 0; skip < starts && above(enough); ++skip)
+      pair_off(ranks_, scratch_, copies_, skip);
+  }
 
   bool relieve_to(int64_t aim, int32_t copies) {
     return relieve(ranks_, aim, copies, steps_per_try_, steps_);

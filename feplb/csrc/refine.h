@@ -26,7 +26,7 @@ struct Shift {
 // Kept between calls, so that nothing is allocated once a shape has been seen. Its content means
 // nothing to callers.
 struct RefineScratch {
-  std::vector<int32_t> rows;         // [num_ranks, num_dynamic] ascending, what may still move
+  std::vector<int32_t> rows;         // [num_ranks, num_dynamic, up to a multiple of 4] ascending
   std::vector<int32_t> experts;      // [num_ranks, num_dynamic] whose rows these are
   std::vector<int32_t> sizes;        // [num_ranks] how many there are
   std::vector<int64_t> load;         // [num_ranks] rows now on each rank

@@ -3,11 +3,13 @@
 namespace feplb {
 
 Ranks::Ranks(const PlanInput& input, RefineScratch& scratch)
-    : s_(scratch), num_ranks_(input.num_ranks), width_(size_t(input.limits.num_dynamic)) {
+    : s_(scratch),
+      num_ranks_(input.num_ranks),
+      width_((size_t(input.limits.num_dynamic) + 3) / 4 * 4) {
   const PlanLimits& limits = input.limits;
   const size_t num_ranks = size_t(num_ranks_);
   const int32_t min_rows = std::max(1, limits.min_tokens);
-  s_.rows.resize(num_ranks * width_);
+  s_.rows.assign(num_ranks * width_, int32_t{kMostRows});
   s_.experts.resize(num_ranks * width_);
   s_.sizes.assign(num_ranks, 0);
   s_.load.assign(num_ranks, 0);
@@ -59,6 +61,7 @@ void Ranks::give(int32_t src, int32_t dst, int32_t pos) {
   const int32_t left = --s_.sizes[size_t(src)];
   std::copy(rows + pos + 1, rows + left + 1, rows + pos);
   std::copy(experts + pos + 1, experts + left + 1, experts + pos);
+  rows[left] = int32_t{kMostRows};
   s_.shifts.push_back(shift);
   account(shift, 1);
 }

@@ -11,6 +11,7 @@
 namespace feplb {
 
 constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();  // of one expert
+constexpr size_t kScanned = 32;  // experts of a rank; more are searched in halves
 
 class Ranks {
  public:
@@ -22,15 +23,21 @@ class Ranks {
   int64_t load(int32_t rank) const { return s_.load[size_t(rank)]; }
   int64_t fullest() const { return *std::max_element(s_.load.begin(), s_.load.end()); }
 
-  // What a rank may still give, ascending.
+  // What a rank may still give, ascending; then the most rows there can be, up to a multiple of 4.
   const int32_t* rows(int32_t rank) const { return &s_.rows[size_t(rank) * width_]; }
   int32_t size(int32_t rank) const { return s_.sizes[size_t(rank)]; }
-  // How many of these have fewer than `least` rows. Without branches: which half it is cannot be
+  // How many of these have fewer than `least` rows. Without branches: where they end cannot be
   // predicted.
   int32_t num_below(int32_t rank, int64_t least) const {
     const int32_t* rows = this->rows(rank);
     const int32_t limit = int32_t(std::clamp<int64_t>(least, 0, kMostRows));
-    int32_t size = this->size(rank), found = 0;
+    int32_t found = 0;
+    if (width_ <= kScanned) {
+      const size_t width = width_ / 4 * 4;  // it is a multiple of 4, and full ones run as vectors
+      for (size_t i = 0; i < width; ++i) found += rows[i] < limit;
+      return found;
+    }
+    int32_t size = this->size(rank);
     while (size > 1) {
       const int32_t half = size / 2;
       found += half & -int32_t{rows[found + half - 1] < limit};
