@@ -7,6 +7,9 @@ demo.py runs it twice with one seed, with policy none and greedy, and once with 
 ranks are on one machine (gloo, shared memory); each has its own micro-batch and its share of every
 layer's experts. What feplb needs of a training loop: the Balancer around it, the model's MoELayers,
 and check() between backward and the optimizer.
+
+Leaves routing.json beside its record: the rows of every expert in every step, which bench/ and
+`feplb simulate` replay.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from byte_model import ByteLM, ModelConfig
@@ -29,6 +33,7 @@ from torch import nn
 from tqdm import tqdm
 
 from feplb import Balancer, BalancerConfig, SwiGLU
+from feplb.scheduler.traces import Trace, write_trace
 from feplb.training import clip_grad_norm, expert_state_dict, sync_gradients
 
 DEADLINE_S = 30.0  # of every wait; also how long a dead rank could stay unnoticed without notice
@@ -106,6 +111,7 @@ class Trainer:
         )
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr)
         self.record = RunRecord(policy=args.policy, memory=str(balancer.memory))
+        self.counts: list[list[list[int]]] = []  # by step, layer and expert, of all ranks
 
     def train(self) -> RunRecord:
         """All steps; the record is complete on rank 0."""
@@ -117,6 +123,8 @@ class Trainer:
             for step in range(self.args.steps):
                 losses.append(self.step(step))
                 record.add_step(self.balancer)
+                calls = map(self.balancer.last_call, range(len(self.balancer.layers)))
+                self.counts.append([call.counts.ravel().tolist() for call in calls if call])
                 progress.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 progress.update()
         record.seconds = time.monotonic() - start
@@ -216,6 +224,8 @@ def main() -> None:
             report_death(balancer, error, args.out)
             return
         if balancer.rank == 0:
+            routing = Trace(name="demo", recorded=np.array(trainer.counts), top_k=config.top_k)
+            write_trace(args.out / "routing.json", routing)
             (args.out / f"{args.policy}.json").write_text(json.dumps(asdict(record)))
     if group is not None:
         dist.destroy_process_group()

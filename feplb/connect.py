@@ -106,8 +106,9 @@ def connect(
         domains.clear()  # the traceback keeps this frame, and must not keep mappings
         raise
     finally:
-        for memory in created.values():
-            memory.unlink()
+        # All names, and not this rank's alone: one that was killed cannot remove its own.
+        for part in ("board", *range(domain.num_ranks)):
+            _core.SharedMemory.remove(f"{name}-{part}")
         created.clear()  # the Domain keeps what it needs
     canary = min(_CANARY_BYTES, arena_bytes // domain.num_ranks // 64 * 64)
     rates = peers.together(lambda: float(domains[0].prove_lane(canary)))

@@ -10,8 +10,10 @@ import gc
 import os
 import re
 import resource
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 from unittest import mock
 
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from balancer_cases import NUM_RANKS, PLAIN, Arm, build, layer_spec, resources_in_use
 from balancer_scenarios import attempt, call_and_check
 from ranks import run_ranks
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from feplb import Balancer, BalancerConfig
 
@@ -264,3 +267,27 @@ def test_one_queue_for_kernels_and_copies_is_refused_where_there_are_gpus(
             Balancer(BalancerConfig(allow_single_queue=True), layers=spec).close()
             with allowed if accepted else refused:
                 Balancer(BalancerConfig(), layers=spec).close()
+
+
+def die_between_create_and_unlink(rank: int, num_ranks: int) -> tuple[str, list[str]]:
+    """What the survivors of a start-up were told, and what was left in shared memory."""
+    # Gloo tells the dead rank's neighbours at once, and the others when their patience ends.
+    _set_pg_timeout(timedelta(seconds=3), dist.group.WORLD)
+    if rank == ODD_RANK:
+        with mock.patch("feplb.connect.hashlib.sha256", side_effect=lambda _: _die()):
+            build()
+    text = attempt(build)
+    return text, resources_in_use()["in /dev/shm"]
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_rank_killed_during_start_up_leaves_no_shared_memory() -> None:
+    told = run_ranks(die_between_create_and_unlink, NUM_RANKS, may_die=[ODD_RANK], timeout_s=30)
+    for rank, found in enumerate(told):
+        if rank != ODD_RANK:
+            text, left = found
+            assert text.startswith("RuntimeError")
+            assert left == []

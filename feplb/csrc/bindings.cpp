@@ -364,6 +364,7 @@ void bind_domain(py::module_& module) {
                   [](const std::string& name, std::size_t bytes) {
                     return std::make_shared<SharedMemory>(SharedMemory::open(name, bytes));
                   })
+      .def_static("remove", &SharedMemory::remove, py::arg("name"))
       .def("unlink", &SharedMemory::unlink);
   py::class_<ArenaView>(module, "ArenaView", py::buffer_protocol()).def_buffer([](ArenaView& view) {
     return py::buffer_info(reinterpret_cast<uint8_t*>(view.data),

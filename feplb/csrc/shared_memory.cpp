@@ -86,6 +86,8 @@ SharedMemory::~SharedMemory() {
   if (data_ != nullptr) munmap(data_, bytes_);
 }
 
+void SharedMemory::remove(const std::string& name) noexcept { shm_unlink(name.c_str()); }
+
 void SharedMemory::unlink() noexcept {
   if (linked_) shm_unlink(name_.c_str());
   linked_ = false;

@@ -25,6 +25,8 @@ class SharedMemory {
   // Throws Error naming the segment, the size asked for and what /dev/shm has left.
   static SharedMemory create(const std::string& name, std::size_t bytes);
   static SharedMemory open(const std::string& name, std::size_t bytes);
+  // The name disappears, whoever created it; nothing happens where there is none.
+  static void remove(const std::string& name) noexcept;
 
   SharedMemory() = default;
   SharedMemory(SharedMemory&& other) noexcept;
