@@ -29,6 +29,9 @@ def make_plan(
     limits: PlanLimits,
     costs: dict[str, int] | None = None,
 ) -> tuple[npt.NDArray[np.int32], int]: ...
+def plan_fault(
+    counts: npt.NDArray[np.int32], limits: PlanLimits, moves: npt.NDArray[np.int32]
+) -> str: ...
 def predict(
     counts: npt.NDArray[np.int32], moves: npt.NDArray[np.int32], costs: dict[str, int]
 ) -> int: ...

@@ -28,6 +28,7 @@ from .costs import predicted_costs
 from .domain_calls import DomainCalls
 from .memory import MemoryReport, memory_report
 from .peers import Peers, find_domain
+from .scheduler.plan import Plan
 from .two_phase import ForwardCall
 
 if TYPE_CHECKING:
@@ -203,7 +204,9 @@ class Balancer:
         return layout.per_tensor(late_grads.prepare_weights(self.domain, flat))
 
     @_outside_graphs
-    def begin(self, counts: Sequence[int] | Tensor, *, layer: int) -> Ticket:
+    def begin(
+        self, counts: Sequence[int] | Tensor, *, layer: int, plan: Plan | None = None
+    ) -> Ticket:
         """Publish a call's counts the moment the host has them; optional.
 
         Planning then runs while the payload is in flight. Exactly one ``run_experts`` of the same
@@ -212,6 +215,9 @@ class Balancer:
         Args:
             counts: [E] host ints, rows received per local expert.
             layer: index into ``layers``.
+            plan: instead of the policy's, where the routing was known ahead (a replay); the same on
+                every rank of the domain. ``run_experts`` raises ValueError on every rank, and the
+                Balancer stays usable, where it breaks an invariant.
         Returns:
             The ticket to hand to ``run_experts``.
         Raises:
@@ -225,25 +231,28 @@ class Balancer:
                     f"{self._ticket.layer} has not run. Nothing was sent. Run its experts first."
                 )
             micro_batch, grad_mode = self._next_micro_batch(layer), torch.is_grad_enabled()
-            published = self._begin_forward(layer, micro_batch, grad_mode, counts)
+            published = self._begin_forward(layer, micro_batch, grad_mode, counts, plan)
             self._ticket = Ticket(layer, tuple(published), micro_batch, grad_mode)
             return self._ticket
 
     def _begin_forward(
-        self, layer: int, micro_batch: int, grad_mode: bool, counts: Sequence[int] | Tensor
-    ) -> list[int]:
+        self, layer: int, micro_batch: int, grad_mode: bool, counts: Sequence[int] | Tensor,
+        plan: Plan | None,
+    ) -> list[int]:  # fmt: skip
         """Publish a forward's counts; returns them as host ints."""
         if (
-            type(counts) is list
+            plan is None
+            and type(counts) is list
             and self._knows(layer)
             and self.domain.begin_forward(layer, micro_batch, grad_mode, counts)
         ):
             return counts
         try:
             checked = checked_counts(counts, self._spec(layer).num_local_experts)
+            given = None if plan is None else plan.as_array()
         except _WRONG_ARGUMENT as error:
             self.domain.refuse(layer, micro_batch, error)
-        self.domain.publish_forward(layer, micro_batch, int(grad_mode), checked)
+        self.domain.publish_forward(layer, micro_batch, int(grad_mode), checked, given)
         return checked
 
     @_outside_graphs
@@ -391,9 +400,9 @@ class Balancer:
 
     def _next_micro_batch(self, layer: int) -> int:
         """The number of the forward to come; it counts once all ranks have agreed on it."""
-        return (
-            self.domain.micro_batches[layer] if self._knows(layer) else 0
-        )  # else it will be refused
+        if not self._knows(layer):
+            return 0  # it will be refused
+        return self.domain.micro_batches[layer]
 
     def _knows(self, layer: int) -> bool:
         return isinstance(layer, int) and 0 <= layer < len(self.layers)

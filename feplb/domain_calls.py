@@ -30,6 +30,9 @@ from .call import (
 from .config import BalancerConfig, LayerSpec
 from .costs import gemm_gflops, lane_gbps
 from .peers import DomainRanks
+from .scheduler.plan import hash_integers
+
+_EMPTY_PLAN = 1  # what a plan from outside without moves is called; 0 says there is none
 
 
 class _OneCaller:
@@ -147,10 +150,17 @@ class DomainCalls:
         return bool(seq)
 
     def publish_forward(
-        self, layer: int, micro_batch: int, grad_bits: int, counts: list[int]
-    ) -> None:
-        """Level 0 of a forward."""
-        self._begin(KIND_FORWARD, layer, micro_batch, grad_bits, counts)
+        self, layer: int, micro_batch: int, grad_bits: int, counts: list[int],
+        plan: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """Level 0 of a forward; with a plan, [num_moves, 5], that is not the policy's."""
+        if plan is None:
+            self._begin(KIND_FORWARD, layer, micro_batch, grad_bits, counts)
+            return
+        plan_hash = hash_integers(plan.ravel().tolist()) or _EMPTY_PLAN
+        self._begin(
+            KIND_FORWARD, layer, micro_batch, grad_bits, counts, moves=plan, plan_hash=plan_hash
+        )
 
     def publish_backward(
         self, layer: int, micro_batch: int, grad_bits: int, plan_hash: int, moves: np.ndarray
@@ -205,6 +215,11 @@ class DomainCalls:
     def _agree(self, what: str) -> tuple[Any, ...]:
         answer: tuple[Any, ...] = self.core.wait_plan()
         refused_by, refusal = answer[:2]
+        if refusal and refused_by >= 0 and self.global_ranks[refused_by] == self.global_rank:
+            raise ValueError(
+                f"{what}: the plan handed in cannot be carried out: {refusal}. Nothing was sent; "
+                "the Balancer stays usable."
+            )
         if refused_by >= 0 and refusal:
             raise RuntimeError(
                 f"{what} was refused by rank {self.global_ranks[refused_by]}: {refusal}. Nothing "

@@ -12,6 +12,7 @@
 
 #include "domain.h"
 #include "plan.h"
+#include "plan_check.h"
 #include "shared_memory.h"
 
 namespace py = pybind11;
@@ -60,14 +61,17 @@ std::optional<UnitCosts> costs_from(const py::object& given) {
   return costs;
 }
 
+std::vector<Move> moves_from(const CountsArray& moves) {
+  if (moves.ndim() != 2 || moves.shape(1) != 5)
+    throw UserError("plan: moves, expected [num_moves, 5] integers");
+  const Move* first = reinterpret_cast<const Move*>(moves.data());
+  return std::vector<Move>(first, first + moves.shape(0));
+}
+
 int64_t predict_for(const CountsArray& counts, const CountsArray& moves, const py::dict& costs) {
   const PlanInput input = input_from(counts, 2, PlanLimits{});
-  if (moves.ndim() != 2 || moves.shape(1) != 5)
-    throw UserError("predict: moves, expected [num_moves, 5] integers");
-  const Move* first = reinterpret_cast<const Move*>(moves.data());
   CostScratch scratch;
-  return predict(input, *costs_from(costs), std::vector<Move>(first, first + moves.shape(0)),
-                 scratch);
+  return predict(input, *costs_from(costs), moves_from(moves), scratch);
 }
 
 py::tuple plan_for(const std::string& policy, const CountsArray& counts, const PlanLimits& limits,
@@ -168,6 +172,12 @@ void bind_plan(py::module_& module) {
            py::arg("search_steps"));
   module.def("make_plan", &plan_for, py::arg("policy"), py::arg("counts").noconvert(),
              py::arg("limits"), py::arg("costs") = py::none());
+  module.def(
+      "plan_fault",
+      [](const CountsArray& counts, const PlanLimits& limits, const CountsArray& moves) {
+        return plan_fault(input_from(counts, 2, limits), moves_from(moves));
+      },
+      py::arg("counts").noconvert(), py::arg("limits"), py::arg("moves").noconvert());
   module.def("predict", &predict_for, py::arg("counts").noconvert(), py::arg("moves").noconvert(),
              py::arg("costs"));
   module.def("time_plans", &time_plans, py::arg("policy"), py::arg("counts").noconvert(),

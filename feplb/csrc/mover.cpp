@@ -5,6 +5,7 @@
 
 #include "error.h"
 #include "fences.h"
+#include "plan_check.h"
 
 namespace feplb {
 namespace {
@@ -65,7 +66,7 @@ std::string disagreement(int rank_a, const CallHeader& a, int rank_b, const Call
                ". Use one grad mode on all ranks and freeze a layer's experts on all or none.");
   }
   if (a.plan_hash != b.plan_hash) {
-    return cat("ranks saved different plans for the ", describe(a), ": rank ", rank_a, " has hash ",
+    return cat("ranks have different plans for the ", describe(a), ": rank ", rank_a, " has hash ",
                a.plan_hash, ", rank ", rank_b, " has ", b.plan_hash);
   }
   return "";
@@ -210,7 +211,8 @@ bool Mover::try_plan() {
   return true;
 }
 
-// Forward: plans from all counts. Backward: the forward's plan, which check_headers compared.
+// Forward: plans from all counts, unless a plan was handed in. Backward: the forward's plan. Such
+// plans are the same on all ranks: check_headers has compared their hashes.
 void Mover::choose_moves() {
   agreement_.counts.clear();
   agreement_.plan.moves.clear();
@@ -234,6 +236,16 @@ void Mover::choose_moves() {
   input.limits = shape.limits;
   const auto costs = costs_.find(header_.layer);
   input.costs = costs != costs_.end() ? &costs->second : nullptr;
+  if (header_.plan_hash != 0) {  // a plan from outside, the same on every rank
+    agreement_.refusal = plan_fault(input, saved_moves_);
+    if (!agreement_.refusal.empty()) {
+      agreement_.refused_by = rank_;  // every rank finds it, and none waits for another
+      return;
+    }
+    agreement_.plan.moves = saved_moves_;
+    agreement_.plan.hash = header_.plan_hash;
+    return;
+  }
   const TimePoint start = Clock::now();
   make_plan(shape.policy, input, scratch_, agreement_.plan);
   agreement_.plan_ns =

@@ -13,7 +13,7 @@ Move(expert_idx=0, owner_rank=0, dst_rank=1, row_start=0, row_end=10) leaves loa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
@@ -106,6 +106,10 @@ class Plan:
         ordered = tuple(sorted(moves, key=_order_key))
         return cls(moves=ordered, hash=hash_moves(ordered))
 
+    def as_array(self) -> npt.NDArray[np.int32]:
+        """[num_moves, 5]: expert_idx, owner_rank, dst_rank, row_start, row_end."""
+        return np.array([_integers(move) for move in self.moves], dtype=np.int32).reshape(-1, 5)
+
     @property
     def num_rows_moved(self) -> int:
         return sum(move.num_rows for move in self.moves)
@@ -160,7 +164,11 @@ def whole_expert_floor(counts: npt.ArrayLike) -> float:
 
 def hash_moves(moves: Iterable[Move]) -> int:
     """The hash that csrc/plan.cpp gives these moves: 64-bit FNV-1a over five integers each."""
-    integers = [integer for move in moves for integer in _integers(move)]
+    return hash_integers([integer for move in moves for integer in _integers(move)])
+
+
+def hash_integers(integers: Sequence[int]) -> int:
+    """hash_moves of moves laid out flat; 0 for none."""
     value = 14695981039346656037
     for integer in integers:
         value = ((value ^ (integer & 0xFFFFFFFF)) * 1099511628211) & 0xFFFFFFFFFFFFFFFF
