@@ -24,11 +24,14 @@ class Chooser {
     const int64_t none = predict(input_, *input_.costs, s_.tried, s_.cost);
     best_time_ = none;
     const int64_t ceiling = even_time();
-    try_refine(0);
+    const int32_t one = input_.limits.max_copies;
+    const int32_t two = one > 0 ? one : 2 * input_.num_ranks;
+    try_refine(0, one);
     try_split(0);
     if (best_time_ - ceiling <= (none - ceiling) / kGoodEnough) return;
+    if (two != one) try_refine(0, two);
     for (const int32_t target : kTargets) {
-      if (input_.num_ranks <= kMostRanks) try_refine(target);
+      if (input_.num_ranks <= kMostRanks) try_refine(target, two);
       try_split(target);
     }
   }
@@ -57,8 +60,9 @@ class Chooser {
     return tiles * row / std::max(1, input_.num_ranks);
   }
 
-  void try_refine(int32_t target) {
+  void try_refine(int32_t target, int32_t max_copies) {
     PlanInput input = tiled_;
+    input.limits.max_copies = max_copies;
     input.limits.target_ppm = std::max(target, input_.limits.target_ppm);
     s_.tried.clear();
     refine(input, s_.refine, s_.tried);
@@ -81,7 +85,7 @@ class Chooser {
   void judge() {
     if (s_.tried.empty()) return;
     const int64_t time = predict(input_, *input_.costs, s_.tried, s_.cost);
-    if (time >= best_time_ || too_short()) return;
+    if (time >= best_time_ || too_short() || fills_a_rank()) return;
     best_time_ = time;
     std::swap(s_.best, s_.tried);
   }
@@ -91,6 +95,21 @@ class Chooser {
     const int32_t least = std::max(1, input_.limits.min_tokens);
     return std::any_of(s_.tried.begin(), s_.tried.end(),
                        [least](const Move& move) { return move.row_end - move.row_start < least; });
+  }
+
+  // What is even in tiles may leave a rank with more rows than the fullest had: more memory, and
+  // not what a plan is for.
+  bool fills_a_rank() {
+    const size_t width = size_t(input_.num_local_experts);
+    s_.load.assign(size_t(input_.num_ranks), 0);
+    for (size_t r = 0; r < s_.load.size(); ++r)
+      for (size_t e = 0; e < width; ++e) s_.load[r] += input_.counts[r * width + e];
+    const int64_t before = *std::max_element(s_.load.begin(), s_.load.end());
+    for (const Move& move : s_.tried) {
+      s_.load[size_t(move.owner_rank)] -= move.row_end - move.row_start;
+      s_.load[size_t(move.dst_rank)] += move.row_end - move.row_start;
+    }
+    return *std::max_element(s_.load.begin(), s_.load.end()) > before;
   }
 
   const PlanInput& input_;

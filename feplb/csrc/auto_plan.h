@@ -18,6 +18,7 @@ struct AutoScratch {
   SplitScratch split;
   CostScratch cost;
   std::vector<int32_t> tiled;  // [num_ranks, num_local_experts] counts in whole tiles
+  std::vector<int64_t> load;   // [num_ranks] rows under the plan tried
   std::vector<Move> tried, best;
 };
 

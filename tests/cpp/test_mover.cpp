@@ -128,7 +128,7 @@ TEST(disagreements_name_both_sides) {
   expect_disagreement(call, other, "rank 0 has grad mode off; rank 1 has grad mode on");
   other = call;
   other.plan_hash = 9;
-  expect_disagreement(call, other, "saved different plans");
+  expect_disagreement(call, other, "have different plans");
 }
 
 TEST(grad_bits_count_only_where_both_know_them) {
