@@ -43,9 +43,8 @@ from feplb.scheduler.program import split_floor
 
 PAPER_DYNAMIC = 4  # dynamic experts per rank of the paper's greedy, and its slots below
 PAPER_SLOTS = 8
-# Who may leave a rank with more rows than the fullest had: auto goes by time, in which a tile costs
-# as a full one, and the rules of some rivals allow it.
-MAY_EXCEED = {"auto", "fastermoe", "eplb_previous", "eplb_oracle", "lplb"}
+# Who may leave a rank with more rows than the fullest had, by the rules of its own papers.
+MAY_EXCEED = {"fastermoe", "eplb_previous", "eplb_oracle", "lplb"}
 MAY_EXCEED |= {"llep", "llep_1.0", "llep_1.1"}
 
 BestLoad = Callable[["Arm", npt.NDArray[np.int64], Plan], int | None]
