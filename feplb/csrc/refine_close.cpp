@@ -149,7 +149,7 @@ class ClosingSearch {
     if (ranks_.load(src) <= most_) return true;
     const int64_t half = (ranks_.load(src) - ranks_.load(dst)) / 2;
     const Transfer transfer = best_transfer(ranks_, src, dst, half, copies);
-    if (transfer.give < 0 || half + transfer.error + ranks_.load(dst) < 0) return false;
+    if (transfer.give < 0) return false;
     const size_t before = ranks_.num_shifts();
     if (!carry_out(ranks_, src, dst, transfer)) return false;
     if (std::max(ranks_.load(src), ranks_.load(dst)) <= most_) return true;

@@ -92,7 +92,7 @@ bool Ranks::keep_if_better() {
 }
 
 void Ranks::make_best() {
-  for (const Shift shift : std::vector<Shift>(s_.best)) give(shift.src, shift.dst, shift.pos);
+  for (const Shift& shift : s_.best) give(shift.src, shift.dst, shift.pos);
 }
 
 void Ranks::replace(size_t shift, int32_t pos) {
