@@ -37,15 +37,20 @@ class Chooser {
   }
 
  private:
-  // An expert's last tile costs as a full one, so ranks are balanced in tiles.
+  // An expert's last tile costs as a full one, so ranks are balanced in tiles. One that is too
+  // small to move stays as it is, and too small.
   PlanInput in_tiles() {
     PlanInput tiled = input_;
     const int64_t tile = input_.costs->tile_rows;
     const int64_t most = std::numeric_limits<int32_t>::max() / tile * tile;
     const size_t size = size_t(input_.num_ranks) * size_t(input_.num_local_experts);
     s_.tiled.resize(size);
-    for (size_t i = 0; i < size; ++i)
-      s_.tiled[i] = int32_t(std::min((input_.counts[i] + tile - 1) / tile * tile, most));
+    for (size_t i = 0; i < size; ++i) {
+      const int32_t rows = input_.counts[i];
+      s_.tiled[i] = rows < input_.limits.min_tokens
+                        ? rows
+                        : int32_t(std::min((rows + tile - 1) / tile * tile, most));
+    }
     tiled.counts = s_.tiled.data();
     return tiled;
   }
@@ -85,16 +90,9 @@ class Chooser {
   void judge() {
     if (s_.tried.empty()) return;
     const int64_t time = predict(input_, *input_.costs, s_.tried, s_.cost);
-    if (time >= best_time_ || too_short() || fills_a_rank()) return;
+    if (time >= best_time_ || fills_a_rank()) return;
     best_time_ = time;
     std::swap(s_.best, s_.tried);
-  }
-
-  // In tiles an expert of min_tokens may look larger than it is.
-  bool too_short() const {
-    const int32_t least = std::max(1, input_.limits.min_tokens);
-    return std::any_of(s_.tried.begin(), s_.tried.end(),
-                       [least](const Move& move) { return move.row_end - move.row_start < least; });
   }
 
   // What is even in tiles may leave a rank with more rows than the fullest had: more memory, and

@@ -3,9 +3,9 @@
 // timed: the same counts give the same plan on every machine.
 //
 // Worked example, 2 ranks x 3 experts, counts = [[10, 7, 4], [5, 2, 0]], loads 21 | 7. Half the
-//   difference is 7: expert 1 of rank 0 moves alone, loads 14 | 14. With counts = [[10, 9], [2, 1]],
-//   loads 19 | 3, no expert has the 8 rows; expert 0 of rank 0 goes and expert 0 of rank 1 comes,
-//   10 - 2 = 8, two copies, loads 11 | 11.
+//   difference is 7: expert 1 of rank 0 moves alone, loads 14 | 14. With counts = [[10, 9], [2,
+//   1]], loads 19 | 3, no expert has the 8 rows; expert 0 of rank 0 goes and expert 0 of rank 1
+//   comes, 10 - 2 = 8, two copies, loads 11 | 11.
 #pragma once
 
 #include <cstdint>
