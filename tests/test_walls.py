@@ -58,7 +58,8 @@ LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 PURE = [
     f"csrc/{name}"
     for name in (
-        "plan_types.h", "plan.h", "plan.cpp", "arena.h", "arena.cpp", "split.h", "split.cpp",
+        "plan_types.h", "plan.h", "plan.cpp", "greedy.h", "greedy.cpp", "arena.h", "arena.cpp",
+        "split.h", "split.cpp",
         "refine.h", "refine.cpp", "refine_ranks.h", "refine_ranks.cpp", "refine_close.cpp",
         "refine_pairs.cpp", "refine_relieve.cpp", "refine_polish.cpp", "split_match.h",
         "split_match.cpp", "split_subsets.h", "split_subsets.cpp", "cost.h", "cost.cpp",

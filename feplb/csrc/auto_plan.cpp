@@ -10,8 +10,9 @@ namespace {
 // Max / mean aimed at where exact balance costs more copies than hide, millionths.
 constexpr std::array<int32_t, 8> kTargets = {1'010'000, 1'020'000, 1'050'000, 1'100'000,
                                              1'200'000, 1'350'000, 1'600'000, 2'000'000};
-constexpr int32_t kMostRanks = 16;   // above, refine takes too long to be tried for every target
-constexpr int64_t kGoodEnough = 16;  // other targets are tried if this part of the gain is missing
+constexpr int32_t kMostRanks = 16;  // above, refine takes too long to be tried for every target
+constexpr int64_t kVeryGood = 32;   // nothing else is tried if less than this part is missing
+constexpr int64_t kGood = 16;       // no other targets are tried
 
 class Chooser {
  public:
@@ -26,10 +27,15 @@ class Chooser {
     const int64_t ceiling = even_time();
     const int32_t one = input_.limits.max_copies;
     const int32_t two = one > 0 ? one : 2 * input_.num_ranks;
+    const auto missing_less_than = [&](int64_t part) {
+      return best_time_ - ceiling <= (none - ceiling) / part;
+    };
     try_refine(0, one);
     try_split(0);
-    if (best_time_ - ceiling <= (none - ceiling) / kGoodEnough) return;
+    if (missing_less_than(kVeryGood)) return;
     if (two != one) try_refine(0, two);
+    if (missing_less_than(kGood)) return;
+    try_greedy();
     for (const int32_t target : kTargets) {
       if (input_.num_ranks <= kMostRanks) try_refine(target, two);
       try_split(target);
@@ -75,6 +81,12 @@ class Chooser {
       move.row_end = input_.counts[size_t(move.owner_rank) * size_t(input_.num_local_experts) +
                                    size_t(move.expert_idx)];
     std::sort(s_.tried.begin(), s_.tried.end(), by_owner);
+    judge();
+  }
+
+  void try_greedy() {
+    s_.tried.clear();
+    greedy(input_, s_.greedy, s_.tried);
     judge();
   }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cost.h"
+#include "greedy.h"
 #include "plan_types.h"
 #include "refine.h"
 #include "split.h"
@@ -14,6 +15,7 @@ namespace feplb {
 
 // Kept between calls, so that nothing is allocated once a shape has been seen.
 struct AutoScratch {
+  GreedyScratch greedy;
   RefineScratch refine;
   SplitScratch split;
   CostScratch cost;

@@ -31,13 +31,7 @@ struct Plan {
 // What make_plan keeps between calls, so that it allocates nothing once it has seen a shape (the
 // plan's moves keep their capacity the same way). Its content means nothing to callers.
 struct PlanScratch {
-  AutoScratch by_cost;             // refine and split have theirs in it
-  std::vector<int64_t> load;       // [num_ranks] rows now on each rank
-  std::vector<int64_t> recv_room;  // [num_ranks] rows a helper still takes; -1 without a free slot
-  std::vector<int64_t> return_room;  // [num_ranks] rows an owner still gets back; -1 likewise
-  std::vector<int32_t> slots;        // [num_ranks] free weight slots
-  std::vector<int32_t> grad_slots;   // [num_ranks] free grad slots
-  std::vector<int32_t> rows;  // [num_ranks, num_dynamic] rows that may move; ~dst_rank once moved
+  AutoScratch by_cost;  // with that of every other policy in it
 };
 
 // Fills `plan` (its old content is discarded). Throws UserError on a policy it does not know, on
