@@ -10,6 +10,8 @@ namespace {
 // Max / mean aimed at where exact balance costs more copies than hide, millionths.
 constexpr std::array<int32_t, 8> kTargets = {1'010'000, 1'020'000, 1'050'000, 1'100'000,
                                              1'200'000, 1'350'000, 1'600'000, 2'000'000};
+// Copies out of one rank: it has one engine for them, and on hot loads that is the limit.
+constexpr std::array<int32_t, 4> kCopiesOut = {1 << 30, 6, 4, 3};
 constexpr int32_t kMostRanks = 16;  // above, refine takes too long to be tried for every target
 constexpr int64_t kVeryGood = 32;   // nothing else is tried if less than this part is missing
 constexpr int64_t kGood = 16;       // no other targets are tried
@@ -17,7 +19,7 @@ constexpr int64_t kGood = 16;       // no other targets are tried
 class Chooser {
  public:
   Chooser(const PlanInput& input, AutoScratch& scratch)
-      : input_(input), s_(scratch), tiled_(in_tiles()) {}
+      : input_(input), s_(scratch), tiled_(in_tiles()), cap_(input.limits.num_grad_slots) {}
 
   void run() {
     s_.best.clear();
@@ -35,7 +37,12 @@ class Chooser {
     if (missing_less_than(kVeryGood)) return;
     if (two != one) try_refine(0, two);
     if (missing_less_than(kGood)) return;
-    try_greedy();
+    for (const int32_t copies_out : kCopiesOut) {
+      cap_ = std::min(input_.limits.num_grad_slots, copies_out);
+      try_greedy();
+      if (input_.num_ranks <= kMostRanks) try_refine(0, two);
+    }
+    cap_ = input_.limits.num_grad_slots;
     for (const int32_t target : kTargets) {
       if (input_.num_ranks <= kMostRanks) try_refine(target, two);
       try_split(target);
@@ -74,6 +81,7 @@ class Chooser {
   void try_refine(int32_t target, int32_t max_copies) {
     PlanInput input = tiled_;
     input.limits.max_copies = max_copies;
+    input.limits.num_grad_slots = cap_;
     input.limits.target_ppm = std::max(target, input_.limits.target_ppm);
     s_.tried.clear();
     refine(input, s_.refine, s_.tried);
@@ -85,8 +93,10 @@ class Chooser {
   }
 
   void try_greedy() {
+    PlanInput input = input_;
+    input.limits.num_grad_slots = cap_;
     s_.tried.clear();
-    greedy(input_, s_.greedy, s_.tried);
+    greedy(input, s_.greedy, s_.tried);
     judge();
   }
 
@@ -125,6 +135,7 @@ class Chooser {
   const PlanInput& input_;
   AutoScratch& s_;
   const PlanInput tiled_;
+  int32_t cap_;  // on the copies out of one rank
   int64_t best_time_ = 0;
 };
 
