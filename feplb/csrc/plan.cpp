@@ -67,6 +67,7 @@ void make_plan(Policy policy, const PlanInput& input, PlanScratch& scratch, Plan
     case Policy::kRefine:
       check_signs(input);
       refine(input, scratch.by_cost.refine, plan.moves);
+      std::sort(plan.moves.begin(), plan.moves.end(), by_owner);
       break;
     case Policy::kSplit:
       check_signs(input);
@@ -82,7 +83,6 @@ void make_plan(Policy policy, const PlanInput& input, PlanScratch& scratch, Plan
     default:
       throw UserError(cat("plan: policy ", static_cast<int32_t>(policy), ", expected 0 to 4"));
   }
-  std::sort(plan.moves.begin(), plan.moves.end(), by_owner);
   plan.hash = hash_moves(plan.moves);
 }
 

@@ -7,7 +7,7 @@ namespace {
 
 // Steps of the search are counted over all tries of a plan. With 8 ranks x 128 experts 60 steps
 // take about 20 us and leave 0.9 % of the straggler, 400 take about 70 us and leave 0.65 %.
-constexpr int32_t kSteps = 60;
+constexpr int32_t kSteps = 48;
 constexpr int32_t kStepsPerTry = 32;
 constexpr int32_t kStepsPerRank = 4;  // where there are many ranks: each takes a step
 constexpr int32_t kMoreRoots = 3;   // first candidates a failing try begins with, given more steps
