@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .compute import Saved, Segment
+from .scheduler.plan import whole_expert_floor
 
 KIND_FORWARD, KIND_BACKWARD, KIND_CHECK = 1, 2, 3
 NO_MOVES = np.zeros((0, 5), dtype=np.int32)
@@ -76,6 +77,11 @@ class CallRecord:
     def num_rows_moved(self) -> int:
         """Rows that another rank than their owner computed."""
         return int((self.moves[:, 4] - self.moves[:, 3]).sum())
+
+    @property
+    def whole_expert_floor(self) -> float:
+        """The max / mean below which no plan of whole experts can get; far above 1, use split."""
+        return whole_expert_floor(self.counts)
 
     @property
     def loads_before(self) -> np.ndarray:

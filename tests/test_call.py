@@ -18,6 +18,7 @@ def test_a_call_record_knows_loads_and_rows_moved() -> None:
     assert record.loads_before.tolist() == [16, 2, 3]
     assert record.loads_after.tolist() == [9, 6, 6]
     assert record.num_rows_moved == 7
+    assert record.whole_expert_floor == 10 / 7
 
 
 def test_a_call_without_moves_leaves_loads_alone() -> None:
