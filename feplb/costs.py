@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .config import BalancerConfig, LayerSpec
-from .scheduler.cost_model import PICO, UnitCosts
+from .scheduler.cost_model import UnitCosts, picoseconds
 
 CPU_GFLOPS_PER_THREAD = 50.0
 _LEAST_GBPS = 0.1  # a canary of a few bytes measures latency, not rate
@@ -34,25 +34,22 @@ def predicted_costs(config: BalancerConfig, spec: LayerSpec, measured_gbps: floa
     rank's thread does both, so the late window is 0.
     """
 
-    def ps(amount: float, giga_per_second: float) -> int:
-        return round(amount / (giga_per_second * 1e9) * PICO)
-
     rate = lane_gbps(config, measured_gbps)
-    row = ps(spec.flops_per_row, gemm_gflops(config))
+    row = picoseconds(spec.flops_per_row, gemm_gflops(config))
     row_bytes = spec.row_bytes + sum(data.num_bytes for data in spec.row_data)
-    weights = ps(spec.expert_bytes, rate)
+    weights = picoseconds(spec.expert_bytes, rate)
     return UnitCosts(
         row_forward=row,
         row_dgrad=row,
         row_wgrad=row,
         weight_read=weights // 2,  # read, not written
-        row_push=ps(row_bytes, rate),
-        row_push_backward=ps(spec.row_bytes + row_bytes, rate),
+        row_push=picoseconds(row_bytes, rate),
+        row_push_backward=picoseconds(spec.row_bytes + row_bytes, rate),
         weight_push=weights,
-        row_return=ps(spec.row_bytes, rate),
-        row_return_backward=ps(row_bytes, rate),
+        row_return=picoseconds(spec.row_bytes, rate),
+        row_return_backward=picoseconds(row_bytes, rate),
         grad_push=weights,
-        row_place=ps(spec.row_bytes, rate),
+        row_place=picoseconds(spec.row_bytes, rate),
         grad_add=weights,
         start=round(_START_US * 1e6),
         copy=round(_COPY_US * 1e6),

@@ -11,7 +11,7 @@ namespace {
 constexpr std::array<int32_t, 8> kTargets = {1'010'000, 1'020'000, 1'050'000, 1'100'000,
                                              1'200'000, 1'350'000, 1'600'000, 2'000'000};
 // Copies out of one rank: it has one engine for them, and on hot loads that is the limit.
-constexpr std::array<int32_t, 4> kCopiesOut = {1 << 30, 6, 4, 3};
+constexpr std::array<int32_t, 3> kCopiesOut = {6, 4, 3};
 constexpr int32_t kMostRanks = 16;  // above, refine takes too long to be tried for every target
 constexpr int64_t kVeryGood = 32;   // nothing else is tried if less than this part is missing
 constexpr int64_t kGood = 16;       // no other targets are tried
@@ -37,8 +37,10 @@ class Chooser {
     if (missing_less_than(kVeryGood)) return;
     if (two != one) try_refine(0, two);
     if (missing_less_than(kGood)) return;
+    try_greedy();
     for (const int32_t copies_out : kCopiesOut) {
-      cap_ = std::min(input_.limits.num_grad_slots, copies_out);
+      if (copies_out >= input_.limits.num_grad_slots) continue;  // no cap: tried above
+      cap_ = copies_out;
       try_greedy();
       if (input_.num_ranks <= kMostRanks) try_refine(0, two);
     }

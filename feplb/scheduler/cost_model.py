@@ -33,6 +33,11 @@ from feplb.scheduler.plan import Move, Plan
 PICO = 10**12
 
 
+def picoseconds(amount: float, giga_per_second: float) -> int:
+    """How long `amount` (bytes, operations) takes at a rate in 10^9 per second."""
+    return round(amount / (giga_per_second * 1e9) * PICO)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitCosts:
     """What one row, expert or copy of a layer costs, picoseconds; the same on every rank.

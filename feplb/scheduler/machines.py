@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from feplb.scheduler.cost_model import PICO, UnitCosts
+from feplb.scheduler.cost_model import UnitCosts, picoseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,28 +111,25 @@ def unit_costs(machine: Machine, expert: ExpertShape, *, rows_per_rank: float = 
             of the dispatch's backward.
     """
 
-    def ps(amount: float, giga_per_second: float) -> int:
-        return round(amount / (giga_per_second * 1e9) * PICO)
-
     weight_bytes = expert.num_parameters * expert.element_bytes
     grad_bytes = expert.num_parameters * expert.grad_bytes
-    row = ps(expert.flops_per_row, machine.gemm_tflops * 1e3)
-    copy_row = ps(expert.row_bytes, machine.lane_gbps)
+    row = picoseconds(expert.flops_per_row, machine.gemm_tflops * 1e3)
+    copy_row = picoseconds(expert.row_bytes, machine.lane_gbps)
     return UnitCosts(
         tile_rows=machine.tile_rows,
         row_forward=row,
         row_dgrad=row,
         row_wgrad=row,
-        weight_read=ps(weight_bytes, machine.hbm_gbps),
+        weight_read=picoseconds(weight_bytes, machine.hbm_gbps),
         row_push=copy_row,
         row_push_backward=2 * copy_row,
-        weight_push=ps(weight_bytes, machine.lane_gbps),
+        weight_push=picoseconds(weight_bytes, machine.lane_gbps),
         row_return=copy_row,
         row_return_backward=copy_row,
-        grad_push=ps(grad_bytes, machine.lane_gbps),
-        row_place=ps(2 * expert.row_bytes, machine.hbm_gbps),
-        grad_add=ps(3 * grad_bytes, machine.hbm_gbps),
-        late_window=ps(rows_per_rank * expert.row_bytes, machine.dispatch_gbps),
+        grad_push=picoseconds(grad_bytes, machine.lane_gbps),
+        row_place=picoseconds(2 * expert.row_bytes, machine.hbm_gbps),
+        grad_add=picoseconds(3 * grad_bytes, machine.hbm_gbps),
+        late_window=picoseconds(rows_per_rank * expert.row_bytes, machine.dispatch_gbps),
         start=round(machine.start_us * 1e6),
         copy=round(machine.copy_us * 1e6),
     )
