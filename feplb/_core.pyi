@@ -92,7 +92,6 @@ class Domain:
         error: str,
         moves: npt.NDArray[np.int32],
         plan_hash: int,
-        stream: int,
     ) -> int: ...
     def begin_forward(
         self, layer: int, micro_batch: int, grad_bits: int, counts: list[int]

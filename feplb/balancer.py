@@ -385,7 +385,7 @@ class Balancer:
         return self.domain.records.get(layer)
 
     def lane_stats(self) -> dict[str, int]:
-        """Since construction: bytes pushed (rows, weights, returns), copies, copy-thread CPU ns."""
+        """Since construction: bytes pushed (rows, weights, returns, grads), copies, copy-thread CPU ns."""
         stats = self.domain.core.stats()
         return {name: value - self._stats_at_start[name] for name, value in stats.items()}
 

@@ -209,7 +209,7 @@ class DomainCalls:
         error: str = "", moves: np.ndarray = NO_MOVES, plan_hash: int = 0,
     ) -> None:  # fmt: skip
         self._seq = self.core.begin(
-            kind, layer, micro_batch, grad_bits, counts, error, moves, plan_hash, 0
+            kind, layer, micro_batch, grad_bits, counts, error, moves, plan_hash
         )
 
     def _agree(self, what: str) -> tuple[Any, ...]:

@@ -243,7 +243,7 @@ std::unique_ptr<Domain> domain_on_host(int rank, uint64_t config_hash, double de
 
 uint64_t begin_call(Domain& domain, int kind, int layer, int64_t micro_batch, uint32_t grad_bits,
                     std::vector<int32_t> counts, std::string error, const CountsArray& moves,
-                    uint64_t plan_hash, std::uintptr_t stream) {
+                    uint64_t plan_hash) {
   CallHeader header;
   header.kind = static_cast<CallKind>(kind);
   header.layer = layer;
@@ -255,7 +255,7 @@ uint64_t begin_call(Domain& domain, int kind, int layer, int64_t micro_batch, ui
   std::vector<Move> saved(static_cast<std::size_t>(moves.size() / 5));
   std::copy_n(moves.data(), 5 * saved.size(), reinterpret_cast<int32_t*>(saved.data()));
   const py::gil_scoped_release release;
-  return domain.begin(std::move(header), std::move(saved), stream);
+  return domain.begin(std::move(header), std::move(saved));
 }
 
 // Plain Python ints that fit, one per local expert; false leaves it to Python to say what is wrong.
@@ -285,7 +285,7 @@ uint64_t begin_forward(Domain& domain, int layer, int64_t micro_batch, uint32_t 
   header.micro_batch = micro_batch;
   header.grad_bits = grad_bits;
   const py::gil_scoped_release release;
-  return domain.begin(std::move(header), {}, 0);
+  return domain.begin(std::move(header), {});
 }
 
 // (expert_idx, peer rank, rows in the expert's kept order: start, end, row in the arena, slot)
@@ -333,13 +333,14 @@ void post_rows(Domain& domain, const std::vector<std::uintptr_t>& rows,
 }
 
 py::dict lane_stats(const Domain& domain) {
-  const LaneStats stats = domain.stats();
+  const PushStats stats = domain.stats();
   py::dict result;
-  result["rows_bytes"] = stats.copied_bytes[static_cast<int>(StreamKind::kRows)];
-  result["weights_bytes"] = stats.copied_bytes[static_cast<int>(StreamKind::kWeights)];
-  result["returns_bytes"] = stats.copied_bytes[static_cast<int>(StreamKind::kReturns)];
+  result["rows_bytes"] = stats.bytes[kRowsRegion];
+  result["weights_bytes"] = stats.bytes[kWeightsRegion];
+  result["returns_bytes"] = stats.bytes[kReturnsRegion];
+  result["grads_bytes"] = stats.bytes[kGradsRegion];
   result["copies"] = stats.copies;
-  result["copy_thread_cpu_ns"] = stats.copy_thread_cpu_ns;
+  result["copy_thread_cpu_ns"] = domain.copy_thread_cpu_ns();
   return result;
 }
 
@@ -399,9 +400,10 @@ void bind_domain(py::module_& module) {
       .def("prove_lane", &Domain::prove_lane, py::arg("bytes"), ReleaseGil())
       .def("close", &Domain::close, ReleaseGil())
       .def("closed", &Domain::closed)
+      .def("bind_compute", &Domain::bind_compute, py::arg("stream"), ReleaseGil())
       .def("begin", &begin_call, py::arg("kind"), py::arg("layer"), py::arg("micro_batch"),
            py::arg("grad_bits"), py::arg("counts"), py::arg("error"), py::arg("moves"),
-           py::arg("plan_hash"), py::arg("stream"))
+           py::arg("plan_hash"))
       .def("begin_forward", &begin_forward, py::arg("layer"), py::arg("micro_batch"),
            py::arg("grad_bits"), py::arg("counts"))
       .def("wait_plan", &wait_plan)

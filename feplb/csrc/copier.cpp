@@ -39,7 +39,7 @@ std::vector<Push> push_rows(const CallGeometry& call, const Route& route,
   const std::size_t half = call.layout->rows_half(region_half(kRowsRegion, call.seq));
   for (const RoutedMove& sent : route.sent) {
     const int dst = sent.move.dst_rank;
-    Push& push = push_to(pushes, dst, StreamKind::kRows, kRowsFlag, kRowsRegion);
+    Push& push = push_to(pushes, dst, StreamKind::kPushes, kRowsFlag, kRowsRegion);
     const int64_t src_row =
         first_row[static_cast<std::size_t>(sent.move.expert_idx)] + sent.move.row_start;
     for (std::size_t i = 0; i < pieces.offset.size(); ++i) {
@@ -50,7 +50,7 @@ std::vector<Push> push_rows(const CallGeometry& call, const Route& route,
   const LayerShape& shape = call.layout->layer(call.layer);
   for (const RoutedMove& sent : route.sent) {
     const int dst = sent.move.dst_rank;
-    Push& push = push_to(pushes, dst, StreamKind::kWeights, kWeightsFlag, kWeightsRegion);
+    Push& push = push_to(pushes, dst, StreamKind::kPushes, kWeightsFlag, kWeightsRegion);
     for (std::size_t t = 0; t < shape.weight_bytes.size(); ++t) {
       push.copies.push_back(
           CopyOp{arena_of(call, dst) +
@@ -86,8 +86,7 @@ std::vector<Push> push_grads(const CallGeometry& call, const Route& route,
   if (tensors.empty()) return pushes;
   for (const RoutedMove& received : route.received) {
     const int dst = received.move.owner_rank;
-    // On the weights stream: idle by now, and behind nothing urgent.
-    Push& push = push_to(pushes, dst, StreamKind::kWeights, kGradsFlag, kGradsRegion);
+    Push& push = push_to(pushes, dst, StreamKind::kGrads, kGradsFlag, kGradsRegion);
     for (const int t : tensors) {
       push.copies.push_back(CopyOp{
           arena_of(call, dst) + call.layout->grad_slot(call.layer, received.grad_slot, t),

@@ -13,7 +13,7 @@ namespace feplb {
 // `region` of `dst_rank` has been released by its last reader.
 struct Push {
   int dst_rank = 0;
-  StreamKind stream = StreamKind::kRows;
+  StreamKind stream = StreamKind::kPushes;
   FlagKind flag = kRowsFlag;
   Region region = kRowsRegion;
   std::vector<CopyOp> copies;

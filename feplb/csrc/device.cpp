@@ -14,6 +14,10 @@ constexpr std::chrono::milliseconds kLongestNap{200};
 constexpr std::chrono::microseconds kPollBriefly{50};
 }  // namespace
 
+void Device::write_flags(StreamKind stream, const std::vector<Flag*>& flags, Epoch epoch) {
+  for (Flag* flag : flags) write_flag(stream, flag, epoch);
+}
+
 WaitResult Device::wait_host(Bell& bell, const std::function<bool()>& done,
                              const WaitLimits& limits) {
   while (true) {

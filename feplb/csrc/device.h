@@ -25,7 +25,9 @@
 
 namespace feplb {
 
-enum class StreamKind : int { kCompute = 0, kRows = 1, kWeights = 2, kReturns = 3 };
+// The caller's stream, and one copy stream for each level that moves bytes: rows and weights (rows
+// first: a source has about one engine), what comes home, weight grads. The order is the urgency.
+enum class StreamKind : int { kCompute = 0, kPushes = 1, kReturns = 2, kGrads = 3 };
 constexpr int kNumStreams = 4;
 
 // Epochs count calls, are never reset, and are compared as "at least", cyclically: a flag may jump
@@ -67,12 +69,6 @@ enum class WaitResult {
   kPoisoned,
 };
 
-struct LaneStats {
-  uint64_t copied_bytes[kNumStreams] = {0, 0, 0, 0};  // by copy stream, into peers
-  uint64_t copies = 0;
-  int64_t copy_thread_cpu_ns = 0;  // CPU time of the lane's own threads
-};
-
 // One rank's mover and watchdog as steps, for a lane that runs them itself (the simulation).
 struct Crew {
   const Bell* mover_bell;                   // the mover has a reason to step once it rang
@@ -100,6 +96,14 @@ class Device {
 
   // Either: `flag` becomes `epoch` once everything before it in the stream is done and visible.
   virtual void write_flag(StreamKind stream, Flag* flag, Epoch epoch) = 0;
+  virtual void write_flags(StreamKind stream, const std::vector<Flag*>& flags, Epoch epoch);
+
+  // A submission costs more than a copy's delay: pushes of one stream to several peers go in one
+  // batch, and their flags follow together.
+  virtual bool joins_pushes() const { return false; }
+
+  // The call has failed and its caller goes: compute_drained() means what was enqueued up to here.
+  virtual void mark_compute() {}
 
   // True once everything enqueued on the compute stream has run (check() and the watchdog ask).
   virtual bool compute_drained() = 0;
@@ -114,7 +118,8 @@ class Device {
   // Flags written on the compute stream are visible at once, so the writer may ring for them.
   virtual bool is_inline() const = 0;
 
-  virtual LaneStats stats() const = 0;
+  // CPU time of the lane's own copy threads, nanoseconds.
+  virtual int64_t copy_thread_cpu_ns() const { return 0; }
 
   // Ends the lane's threads; copies already accepted finish first. Idempotent.
   virtual void stop() noexcept = 0;

@@ -58,7 +58,7 @@ class HostDevice final : public Device {
   void write_flag(StreamKind stream, Flag* flag, Epoch epoch) override;
   bool compute_drained() override { return true; }
   bool is_inline() const override { return true; }
-  LaneStats stats() const override;
+  int64_t copy_thread_cpu_ns() const override;
   void stop() noexcept override;
 
  private:
@@ -71,7 +71,6 @@ class HostDevice final : public Device {
   mutable std::mutex mutex_;
   std::condition_variable work_;
   std::array<CopyStream, kNumStreams> streams_;  // kCompute's stays empty
-  LaneStats stats_;
   bool stopping_ = false;
   Bell finished_bell_;
   std::thread engine_;  // last: it uses all of the above
@@ -130,10 +129,6 @@ void HostDevice::enqueue(StreamKind stream, StreamOp op) {
     const std::lock_guard<std::mutex> lock(mutex_);
     FEPLB_CHECK(!stopping_, "copy submitted to a lane that was stopped");
     CopyStream& target = streams_[static_cast<int>(stream)];
-    for (const CopyOp& copy : op.copies) {
-      stats_.copied_bytes[static_cast<int>(stream)] += copy.bytes;
-      ++stats_.copies;
-    }
     target.ops.push_back(std::move(op));
     ++target.accepted;
   }
@@ -191,17 +186,16 @@ void HostDevice::finish_op(CopyStream& stream) {
   finished_bell_.ring(1);
 }
 
-LaneStats HostDevice::stats() const {
+int64_t HostDevice::copy_thread_cpu_ns() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  LaneStats stats = stats_;
   clockid_t clock;
   timespec time;
   auto* thread = const_cast<std::thread*>(&engine_);
   if (!stopping_ && pthread_getcpuclockid(thread->native_handle(), &clock) == 0 &&
       clock_gettime(clock, &time) == 0) {
-    stats.copy_thread_cpu_ns = static_cast<int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
+    return static_cast<int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
   }
-  return stats;
+  return 0;
 }
 
 void HostDevice::stop() noexcept {

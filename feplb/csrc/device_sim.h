@@ -31,7 +31,7 @@ class SimDevice : public Device {
                        const WaitLimits& limits) override;
   bool drive(Crew crew) override;
   bool is_inline() const override { return false; }
-  LaneStats stats() const override { return stats_; }
+  bool joins_pushes() const override { return world_->joins_pushes(); }
   void stop() noexcept override { world_->stop_crew(rank_); }
 
  private:
@@ -39,7 +39,6 @@ class SimDevice : public Device {
 
   std::shared_ptr<SimWorld> world_;
   const int rank_;
-  LaneStats stats_;
 };
 
 }  // namespace feplb

@@ -155,14 +155,17 @@ void Domain::settle(WaitResult result, const char* phase, const std::string& mis
   if (failure_.poisoned()) raise(cat(where(phase), ": ", failure_.text()));
 }
 
-uint64_t Domain::begin(CallHeader header, std::vector<Move> saved_moves,
-                       std::uintptr_t compute_stream) {
+void Domain::bind_compute(std::uintptr_t stream) {
+  check_usable("taking over the compute stream");
+  device_->bind_compute(stream);
+}
+
+uint64_t Domain::begin(CallHeader header, std::vector<Move> saved_moves) {
   check_usable("publishing the counts");
   FEPLB_CHECK(!in_call_, "the ", call_kind_name(call_.kind), " of layer ", call_.layer,
               " has not ended");
   // A flag that no push has touched since the start compares as reached from here on.
   FEPLB_CHECK(seq_ < kLastSeq, "this Balancer has made 2^31 - 1 calls; build a new one");
-  device_->bind_compute(compute_stream);
   header.seq = seq_ + 1;
   header.config_hash = config_.config_hash;
   failure_.note_call(header.seq);
@@ -342,10 +345,10 @@ double Domain::prove_lane(std::size_t bytes) {
   for (int dst = 0; dst < config_.num_ranks; ++dst) {
     if (dst == config_.rank) continue;
     for (std::size_t i = 0; i < bytes; ++i) source[i] = pattern(config_.rank, dst, i);
-    device_->copy_batch(StreamKind::kRows,
+    device_->copy_batch(StreamKind::kPushes,
                         {CopyOp{place(dst, config_.rank), source.data(), bytes}});
-    device_->write_flag(StreamKind::kRows, board_.inbound(dst, config_.rank, kRowsFlag), 1);
-    await_event(device_->record(StreamKind::kRows), kPhase);
+    device_->write_flag(StreamKind::kPushes, board_.inbound(dst, config_.rank, kRowsFlag), 1);
+    await_event(device_->record(StreamKind::kPushes), kPhase);
   }
   const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
   for (int src = 0; src < config_.num_ranks; ++src) {

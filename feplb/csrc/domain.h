@@ -82,7 +82,10 @@ class Domain {
   // must fit num_ranks times into the arena.
   double prove_lane(std::size_t bytes);
 
-  uint64_t begin(CallHeader header, std::vector<Move> saved_moves, std::uintptr_t compute_stream);
+  // Names the stream that the caller's kernels run on from here on; every method from post_rows on
+  // that records, waits or releases does so there.
+  void bind_compute(std::uintptr_t stream);
+  uint64_t begin(CallHeader header, std::vector<Move> saved_moves);
   const Agreement& wait_plan();
   void post_rows(const CallSources& sources, const std::vector<int64_t>& first_row);
   void await_rows();
@@ -108,7 +111,8 @@ class Domain {
   const ArenaLayout& layout() const { return layout_; }
   std::byte* arena() const { return memory_.arenas[static_cast<std::size_t>(config_.rank)]; }
   const std::shared_ptr<void>& memory_owner() const { return memory_.owner; }
-  LaneStats stats() const { return device_->stats(); }
+  PushStats stats() const { return mover_.stats(); }
+  int64_t copy_thread_cpu_ns() const { return device_->copy_thread_cpu_ns(); }
   Mover& mover() { return mover_; }
 
  private:

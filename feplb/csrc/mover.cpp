@@ -283,15 +283,20 @@ bool Mover::try_submit() {
   int level = 0;
   if (!take_releasable(ready, event, level)) return false;
   const DriverMark mark{in_driver_, caller_bell_};
-  std::vector<Event> events;
-  for (const Push& push : ready) {
-    submit(push, event);
-    events.push_back(device_.record(push.stream));
+  for (std::size_t first = 0, end; first < ready.size(); first = end) {
+    std::vector<const Push*> joined{&ready[first]};
+    for (end = first + 1; end < ready.size() && joins(*joined.back(), ready[end]); ++end) {
+      joined.push_back(&ready[end]);
+    }
+    submit(joined, event);
   }
+  Event done{};  // a level has one stream
+  if (!ready.empty()) done = device_.record(ready.front().stream);
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (std::size_t i = 0; i < ready.size(); ++i) {
-    last_push_[ready[i].region][region_half(ready[i].region, header_.seq)] = events[i];
+  for (const Push& push : ready) {
+    last_push_[push.region][region_half(push.region, header_.seq)] = done;
   }
+  count(ready);
   if (jobs_[level].pushes.empty()) submitted_level_.store(level, std::memory_order_release);
   return true;
 }
@@ -325,20 +330,49 @@ bool Mover::is_released(const Push& push) const {
   return epoch_reached(flag->epoch.load(std::memory_order_acquire), static_cast<Epoch>(used));
 }
 
-void Mover::submit(const Push& push, Event ready) {
-  const Fence fence = push.flag == kReturnsFlag ? Fence::kEventReturns
-                      : push.flag == kGradsFlag ? Fence::kEventGrads
-                                                : Fence::kEventInputs;
-  if (fence_on(fence)) device_.after_event(push.stream, ready);
-  Flag* flag = board_.inbound(push.dst_rank, rank_, push.flag);
-  const auto epoch = static_cast<Epoch>(header_.seq);
-  if (fence_on(Fence::kFlagAfterData)) {
-    device_.copy_batch(push.stream, push.copies);
-    device_.write_flag(push.stream, flag, epoch);
+// May `next` travel in one batch with `push`, which comes before it? Not weights with rows: the
+// rows are there first, and their flag says so.
+bool Mover::joins(const Push& push, const Push& next) const {
+  return device_.joins_pushes() && next.flag == push.flag;
+}
+
+// Pushes of one stream and one kind, as one batch with its flags behind it.
+void Mover::submit(const std::vector<const Push*>& pushes, Event ready) {
+  const Push& first = *pushes.front();
+  const Fence fence = first.flag == kReturnsFlag ? Fence::kEventReturns
+                      : first.flag == kGradsFlag ? Fence::kEventGrads
+                                                 : Fence::kEventInputs;
+  if (fence_on(fence)) device_.after_event(first.stream, ready);
+  if (!fence_on(Fence::kFlagAfterData)) write_flags(pushes);
+  if (pushes.size() == 1) {
+    device_.copy_batch(first.stream, first.copies);
   } else {
-    device_.write_flag(push.stream, flag, epoch);
-    device_.copy_batch(push.stream, push.copies);
+    std::vector<CopyOp> copies;
+    for (const Push* push : pushes) {
+      copies.insert(copies.end(), push->copies.begin(), push->copies.end());
+    }
+    device_.copy_batch(first.stream, copies);
   }
+  if (fence_on(Fence::kFlagAfterData)) write_flags(pushes);
+}
+
+void Mover::write_flags(const std::vector<const Push*>& pushes) {
+  std::vector<Flag*> flags;
+  for (const Push* push : pushes)
+    flags.push_back(board_.inbound(push->dst_rank, rank_, push->flag));
+  device_.write_flags(pushes.front()->stream, flags, static_cast<Epoch>(header_.seq));
+}
+
+void Mover::count(const std::vector<Push>& pushes) {
+  for (const Push& push : pushes) {
+    for (const CopyOp& copy : push.copies) stats_.bytes[push.region] += copy.bytes;
+    stats_.copies += push.copies.size();
+  }
+}
+
+PushStats Mover::stats() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return stats_;
 }
 
 std::string Mover::missing_headers() const {

@@ -42,6 +42,12 @@ struct Agreement {
   std::vector<int32_t> counts;  // [num_ranks * num_local_experts]
 };
 
+// What this rank has pushed since the start.
+struct PushStats {
+  uint64_t bytes[kNumRegions] = {0, 0, 0, 0};  // by the region they went into
+  uint64_t copies = 0;
+};
+
 class Mover {
  public:
   Mover(int rank, const ArenaLayout& layout, CountBoard& board, Device& device, Failure& failure,
@@ -62,6 +68,7 @@ class Mover {
   bool submitted(Level level) const;  // this level and every lower one, as far as posted
   // The last event of what `stream` was given for this rank's pushes of a region's half.
   Event last_push(Region region, int half) const;
+  PushStats stats() const;
   void end();
   // After a failure: submits no more; true once the mover is out of the driver.
   bool cancelled();
@@ -88,7 +95,10 @@ class Mover {
   bool try_submit();
   bool take_releasable(std::vector<Push>& ready, Event& event, int& level);
   bool is_released(const Push& push) const;
-  void submit(const Push& push, Event ready);
+  bool joins(const Push& push, const Push& next) const;
+  void submit(const std::vector<const Push*>& pushes, Event ready);
+  void write_flags(const std::vector<const Push*>& pushes);
+  void count(const std::vector<Push>& pushes);
   void note_uses();
   uint32_t wanted() const;
 
@@ -111,6 +121,7 @@ class Mover {
   // Last seq that used a region's half on each rank; a push there waits for its release.
   std::vector<uint64_t> last_use_;  // [num_ranks][kNumRegions][kNumHalves]
   Event last_push_[kNumRegions][kNumHalves];
+  PushStats stats_;
   std::atomic<bool> planned_{false};
   std::atomic<int> submitted_level_{0};
   std::atomic<bool> in_driver_{false};  // set under mutex_

@@ -20,7 +20,14 @@ struct FdTraits {
 };
 using Fd = Handle<FdTraits>;
 
-class SharedMemory {
+// Memory of a domain that this process maps: host memory or a GPU's.
+class Mapping {
+ public:
+  virtual ~Mapping() = default;
+  virtual std::byte* data() const = 0;
+};
+
+class SharedMemory : public Mapping {
  public:
   // Throws Error naming the segment, the size asked for and what /dev/shm has left.
   static SharedMemory create(const std::string& name, std::size_t bytes);
@@ -31,9 +38,9 @@ class SharedMemory {
   SharedMemory() = default;
   SharedMemory(SharedMemory&& other) noexcept;
   SharedMemory& operator=(SharedMemory&& other) noexcept;
-  ~SharedMemory();
+  ~SharedMemory() override;
 
-  std::byte* data() const { return data_; }
+  std::byte* data() const override { return data_; }
   std::size_t bytes() const { return bytes_; }
 
   // The name disappears; mappings stay valid. Idempotent, called by the creator.

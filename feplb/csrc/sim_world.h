@@ -75,6 +75,8 @@ class SimWorld {
     SimWorld& world_;
   };
 
+  // Every other pair of seeds: as a lane whose submissions are dear.
+  bool joins_pushes() const { return (seed_ & 2) != 0; }
   uint64_t num_steps() const { return num_steps_; }
   uint64_t order_hash() const { return order_hash_; }  // of everything that ran, in order
 

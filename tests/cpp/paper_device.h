@@ -36,7 +36,6 @@ class PaperDevice final : public feplb::Device {
   }
   bool compute_drained() override { return is_drained; }
   bool is_inline() const override { return false; }
-  feplb::LaneStats stats() const override { return feplb::LaneStats{}; }
   void stop() noexcept override {}
 
  private:

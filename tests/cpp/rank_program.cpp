@@ -110,7 +110,8 @@ bool RankProgram::begin(CallState& state, std::vector<Move> saved_moves) {
   feplb::CallHeader header = header_of(call);
   header.plan_hash = call.kind == CallKind::kBackward ? feplb::hash_moves(saved_moves) : 0;
   const std::uintptr_t stream = two_streams_ ? random_.below(2) : 0;
-  state.seq = domain_.begin(std::move(header), std::move(saved_moves), stream);
+  domain_.bind_compute(stream);
+  state.seq = domain_.begin(std::move(header), std::move(saved_moves));
   launch_([tensors = state.tensors] { tensors->fill(); });
   const feplb::Agreement& agreement = domain_.wait_plan();
   CHECK_EQ(agreement.refusal.empty(), call.refused_by < 0);

@@ -101,7 +101,7 @@ TEST(host_close_while_idle) {
     RankProgram(ranks.domain(rank), slow_now_and_then(5), scenario, config, verdict).run();
     ranks.domain(rank).close();
     ranks.domain(rank).close();
-    ranks.domain(rank).begin(feplb::CallHeader(), {}, 0);
+    ranks.domain(rank).begin(feplb::CallHeader(), {});
   });
   for (const std::string& error : errors) {
     CHECK(error.find("the Balancer is closed (publishing the counts, rank ") == 0, error);
@@ -193,7 +193,7 @@ TEST(host_failure_lets_go_of_inputs) {
       feplb::CallHeader header;
       header.counts = rank == 0 ? std::vector<int32_t>{4, 4, 0} : std::vector<int32_t>{0, 0, 0};
       const MappedRows rows(8 * shape.row_bytes);
-      domain.begin(header, {}, 0);
+      domain.begin(header, {});
       CHECK_EQ(domain.wait_plan().plan.moves.size(), 1u);
       feplb::CallSources sources;
       sources.rows = {rows.data()};

@@ -11,7 +11,7 @@ namespace {
 
 using namespace feplb;
 
-constexpr int kRowsIdx = static_cast<int>(StreamKind::kRows);
+constexpr int kRowsIdx = static_cast<int>(StreamKind::kPushes);
 constexpr int kReturnsIdx = static_cast<int>(StreamKind::kReturns);
 constexpr int kSecondComputeIdx = kNumStreams;
 
@@ -40,8 +40,8 @@ TEST(sim_waits_block_only_their_stream) {
   streams.add_flag_wait(&flag, 7);
   streams.add_kernel([] {});
   const Event kernel = streams.record(StreamKind::kCompute);
-  streams.add_event_wait(StreamKind::kRows, kernel);
-  streams.add_flag_write(StreamKind::kRows, &written, 3);
+  streams.add_event_wait(StreamKind::kPushes, kernel);
+  streams.add_flag_write(StreamKind::kPushes, &written, 3);
   streams.add_flag_write(StreamKind::kReturns, &written, 2);
   CHECK(!streams.can_step(0) && !streams.can_step(kRowsIdx), "both wait");
   step(streams, kReturnsIdx);
@@ -78,7 +78,7 @@ TEST(sim_compute_streams_are_ordered_by_events_only) {
   bool has_run = false;
   streams.add_kernel([&] { has_run = true; });
   const Event second = streams.record(StreamKind::kCompute);
-  streams.add_event_wait(StreamKind::kRows, second);
+  streams.add_event_wait(StreamKind::kPushes, second);
   streams.add_event_wait(StreamKind::kReturns, first);
   step(streams, kSecondComputeIdx);
   CHECK(has_run, "the second stream does not wait for the first");
@@ -94,7 +94,7 @@ TEST(sim_copies_tear) {
     SimStreams streams(false);
     const std::string source = "abcdefgh";
     std::string target(8, '-');
-    streams.add_copies(StreamKind::kRows,
+    streams.add_copies(StreamKind::kPushes,
                        {CopyOp{reinterpret_cast<std::byte*>(target.data()),
                                reinterpret_cast<const std::byte*>(source.data()), 8}},
                        random);
@@ -111,7 +111,7 @@ TEST(sim_device_that_vanishes_leaves_torn_copies) {
   SimRandom random(3);
   SimStreams streams(false);
   Memory memory(64);
-  streams.add_copies(StreamKind::kRows, {CopyOp{memory.data(), memory.data() + 32, 32}}, random);
+  streams.add_copies(StreamKind::kPushes, {CopyOp{memory.data(), memory.data() + 32, 32}}, random);
   streams.vanish();
   CHECK(!streams.can_step(kRowsIdx) && streams.compute_drained(), "nothing happens any more");
 }
@@ -130,7 +130,7 @@ TEST(sim_kernel_that_throws_ends_every_rank) {
     if (rank == 0) devices[0]->launch([] { throw std::runtime_error("boom"); });
     CallHeader header;
     header.counts.assign(kNumExperts, 1);
-    ranks.domain(rank).begin(header, {}, 0);
+    ranks.domain(rank).begin(header, {});
     ranks.domain(rank).wait_plan();
     Bell bell;
     const std::atomic<bool> never{false};
