@@ -38,14 +38,24 @@ class _HalfViews:
     returns: list[Tensor]
 
 
-class ArenaViews:
-    """Tensors over the arena of ``core`` (the C++ Domain), made once per layer, kind and half."""
+def _as_tensor(arena: Any, device: torch.device) -> Tensor:
+    """The bytes of an arena, which the tensor keeps mapped; empty for a rank alone."""
+    if device.type == "cuda":
+        return torch.as_tensor(arena, device=device)
+    memory = memoryview(arena)
+    return torch.frombuffer(memory, dtype=torch.uint8) if memory else torch.empty(0)
 
-    def __init__(self, core: Any, layers: Sequence[LayerSpec]) -> None:
+
+class ArenaViews:
+    """Tensors over the arena of ``core`` (the C++ Domain), made once per layer, kind and half.
+
+    ``device`` says where it lies.
+    """
+
+    def __init__(self, core: Any, layers: Sequence[LayerSpec], device: torch.device) -> None:
         self._core = core
         self._layers = layers
-        arena = memoryview(core.arena())  # empty for a rank alone
-        self._memory = torch.frombuffer(arena, dtype=torch.uint8) if arena else torch.empty(0)
+        self._memory = _as_tensor(core.arena(), device)
         self._offsets = [core.layer_offsets(layer) for layer in range(len(layers))]
         self._halves: dict[tuple[int, int, int], _HalfViews] = {}
 

@@ -39,12 +39,13 @@ def checked_counts(counts: Sequence[int] | Tensor, num_local_experts: int) -> li
 
 
 def check_rows(
-    rows: Tensor, row_data: Sequence[Tensor], counts: Sequence[int], spec: LayerSpec
-) -> None:
+    rows: Tensor, row_data: Sequence[Tensor], counts: Sequence[int], spec: LayerSpec,
+    device: torch.device,
+) -> None:  # fmt: skip
     """Rows and their side data against the counts and the spec."""
     if rows.dim() == 2 and rows.shape[0] != sum(counts):
         raise ValueError(f"counts add up to {sum(counts)}, expected the {rows.shape[0]} rows given")
-    _check_tensor("rows", rows, (sum(counts), spec.hidden), spec.dtype)
+    _check_tensor("rows", rows, (sum(counts), spec.hidden), spec.dtype, device)
     if rows.data_ptr() % _ALIGNMENT:
         raise ValueError(
             f"rows start {rows.data_ptr() % _ALIGNMENT} bytes after a multiple of {_ALIGNMENT}, "
@@ -53,12 +54,20 @@ def check_rows(
     if len(row_data) != len(spec.row_data):
         raise ValueError(f"{len(row_data)} row_data tensors, expected {len(spec.row_data)}")
     for i, (data, want) in enumerate(zip(row_data, spec.row_data, strict=True)):
-        _check_tensor(f"row_data[{i}]", data, (sum(counts), *want.shape), want.dtype)
+        _check_tensor(f"row_data[{i}]", data, (sum(counts), *want.shape), want.dtype, device)
 
 
-def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} are on {tensor.device}, expected cpu for the host lane")
+def _lane_name(device: torch.device) -> str:
+    return "host" if device.type == "cpu" else "ce"
+
+
+def _check_tensor(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> None:
+    if tensor.device != device:
+        raise ValueError(
+            f"{name} are on {tensor.device}, expected {device} for the {_lane_name(device)} lane"
+        )
     if tensor.dtype != dtype:
         raise ValueError(f"{name} have dtype {tensor.dtype}, expected {dtype} as in the LayerSpec")
     if tuple(tensor.shape) != shape:
@@ -83,7 +92,9 @@ def _check_lengths(
             )
 
 
-def check_weights(layout: WeightLayout, flat: Sequence[Tensor], spec: LayerSpec) -> None:
+def check_weights(
+    layout: WeightLayout, flat: Sequence[Tensor], spec: LayerSpec, device: torch.device
+) -> None:
     """Weights against the spec; all experts of a tensor take gradients, or none."""
     views = layout.per_tensor(flat)
     _check_lengths("weights", "weight tensors per expert", views, spec)
@@ -94,10 +105,10 @@ def check_weights(layout: WeightLayout, flat: Sequence[Tensor], spec: LayerSpec)
                     f"weights[{t}] of an expert is {tuple(expert.shape)} {expert.dtype}, expected "
                     f"{want.shape} {want.dtype} as in the LayerSpec"
                 )
-            if not expert.is_contiguous() or expert.device.type != "cpu":
+            if not expert.is_contiguous() or expert.device != device:
                 raise ValueError(
                     f"weights[{t}] of an expert has stride {expert.stride()} on {expert.device}, "
-                    "expected contiguous on cpu"
+                    f"expected contiguous on {device}"
                 )
     for t, needs in enumerate(layout.per_tensor([weight.requires_grad for weight in flat])):
         if not isinstance(needs, bool) and any(needs) and not all(needs):

@@ -26,6 +26,7 @@ from .config import BalancerConfig, Environment, LayerSpec, check_queues, read_e
 from .connect import Reservation, connect, identity, open_together
 from .costs import predicted_costs
 from .domain_calls import DomainCalls
+from .lanes import lane_name
 from .memory import MemoryReport, memory_report
 from .peers import Peers, find_domain
 from .scheduler.plan import Plan
@@ -66,7 +67,7 @@ def _read_and_check(config: BalancerConfig, layers: Sequence[LayerSpec]) -> Envi
     if not layers:
         raise ValueError("Balancer: layers is empty, expected one LayerSpec per MoE layer")
     environment = read_environment()
-    if torch.cuda.is_available():
+    if lane_name(config, environment) == "ce":
         check_queues(environment, config)
     return environment
 
@@ -105,6 +106,7 @@ class Balancer:
         rank, num_ranks: this rank's place in its domain, and the domain's size.
         global_rank, global_ranks: the same in the numbers of the job, as messages have them.
         memory: what this rank reserves.
+        device: where rows, weights and gradients must be: the CPU (host lane) or a GPU (ce lane).
         domain: the calls under way; for feplb itself.
     Thread/stream: collective over ``group``, blocks. Starts three threads per rank.
     """
@@ -122,7 +124,6 @@ class Balancer:
         self.config = config
         self.layers = tuple(layers)
         self.policy = "none" if environment.off else config.policy
-        self._anchor = torch.empty(0, requires_grad=True)
         self._ticket: Ticket | None = None
         ranks = find_domain(peers, environment.domain, moves_nothing=self.policy == "none")
         self.rank, self.num_ranks = ranks.rank, ranks.num_ranks
@@ -133,15 +134,17 @@ class Balancer:
         reservation = self._reserve()
         self.memory = reservation.memory
         own = identity(config, self.policy, self.layers)
-        core, rate = connect(peers, ranks, own, environment, config, reservation)
+        core, lane = connect(peers, ranks, own, environment, config, reservation)
         for layer, spec in enumerate(self.layers):
-            core.set_costs(layer, asdict(predicted_costs(config, spec, rate)))
+            core.set_costs(layer, asdict(predicted_costs(config, spec, lane.gbps)))
         open_together(peers, core)
-        self.domain = DomainCalls(core, ranks, config, self.layers, rate)
+        self.device = lane.device
+        self._anchor = torch.empty(0, device=lane.device, requires_grad=True)
+        self.domain = DomainCalls(core, ranks, config, self.layers, lane)
         self._stats_at_start: dict[str, int] = core.stats()
         logger.info(
-            "rank %d: domain of ranks %s, lane host, canary ok, %.1f GB/s\n%s",
-            self.global_rank, self.global_ranks, rate, self.memory,
+            "rank %d: domain of ranks %s, lane %s, canary ok, %.1f GB/s\n%s",
+            self.global_rank, self.global_ranks, lane.description, lane.gbps, self.memory,
         )  # fmt: skip
 
     def _reserve(self) -> Reservation:
@@ -298,7 +301,7 @@ class Balancer:
                     raise ValueError(_ticket_error(layer, ticket, None))
                 spec = self._spec(layer)
                 layout, flat = flatten_weights(weights, spec.num_local_experts)
-                check_weights(layout, flat, spec)
+                check_weights(layout, flat, spec, self.device)
                 check_sinks(grad_sinks, spec)
                 call = self._forward_call(
                     rows, counts, layout, flat, compute, spec, layer, micro_batch, row_data, begun,
@@ -385,7 +388,7 @@ class Balancer:
         return self.domain.records.get(layer)
 
     def lane_stats(self) -> dict[str, int]:
-        """Since construction: bytes pushed (rows, weights, returns, grads), copies, copy-thread CPU ns."""
+        """Since construction: bytes pushed (rows, weights, returns, grads), copies, CPU ns."""
         stats = self.domain.core.stats()
         return {name: value - self._stats_at_start[name] for name, value in stats.items()}
 
@@ -425,7 +428,7 @@ class Balancer:
         checked = checked_counts(counts, self.layers[layer].num_local_experts)
         if ticket is not None and tuple(checked) != ticket.counts:
             raise ValueError("counts differ from those that begin() published for this call")
-        check_rows(rows, row_data, checked, spec)
+        check_rows(rows, row_data, checked, spec, self.device)
         grad_mode = torch.is_grad_enabled()
         if ticket is not None and grad_mode != ticket.grad_mode:
             raise ValueError("grad mode changed between begin() and run_experts")

@@ -6,7 +6,8 @@ equal on every rank: construction compares them and names the ranks that differ.
 Environment (read once, by ``read_environment``): ``FEPLB_LOG`` a logging level for the ``feplb``
 logger; ``FEPLB_LANE`` the lane where the config says ``lane="auto"``; ``FEPLB_OFF=1`` turns every
 policy into ``none``; ``FEPLB_DOMAIN`` names the domain of this rank where its host's name would not
-do (containers that share a host but no memory). Any other ``FEPLB_*`` variable is an error: a
+do (containers that share a host but no memory); ``FEPLB_LIBCUDA`` the driver's library where it is
+not ``libcuda.so.1``. Any other ``FEPLB_*`` variable is an error: a
 misspelt switch must not pass silently. Of CUDA's own, ``CUDA_DEVICE_MAX_CONNECTIONS`` and
 ``CUDA_DEVICE_MAX_COPY_CONNECTIONS`` (``check_queues``).
 """
@@ -19,9 +20,12 @@ from dataclasses import dataclass
 
 import torch
 
-LANES = ("auto", "host")
+LANES = ("auto", "host", "ce")
+COPY_CALLS = ("auto", "batch", "peer", "plain")
+FLAG_CALLS = ("auto", "memops", "write", "copy")
+ARENA_HANDLES = ("auto", "vmm", "ipc")
 POLICIES = ("none", "greedy", "refine", "split", "auto")
-_KNOWN_VARIABLES = ("FEPLB_LOG", "FEPLB_LANE", "FEPLB_OFF", "FEPLB_DOMAIN")
+_KNOWN_VARIABLES = ("FEPLB_LOG", "FEPLB_LANE", "FEPLB_OFF", "FEPLB_DOMAIN", "FEPLB_LIBCUDA")
 # Measured: GEMM bits change with 1 to 3 rows at addresses that are not multiples of this.
 _BYTE_MULTIPLE = 16
 
@@ -43,6 +47,7 @@ class Environment:
     restart_count: str
     cuda_connections: str | None
     cuda_copy_connections: str | None
+    cuda_library: str | None
 
 
 def read_environment() -> Environment:
@@ -72,6 +77,7 @@ def read_environment() -> Environment:
         restart_count=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
         cuda_connections=os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"),
         cuda_copy_connections=os.environ.get("CUDA_DEVICE_MAX_COPY_CONNECTIONS"),
+        cuda_library=os.environ.get("FEPLB_LIBCUDA"),
     )
 
 
@@ -200,7 +206,15 @@ class BalancerConfig:
         search_steps: steps of ``refine``'s search; None: about 22 us for 8 ranks x 128 experts, 400
             take about 51 us and leave a fifth less.
         deadline_s: longest any wait may last, in seconds; below NCCL's and DeepEP's 100 s.
-        lane: how bytes travel; ``"auto"`` is ``"host"``, the one lane there is so far.
+        lane: how bytes travel; ``"host"`` (CPU tensors, shared memory), ``"ce"`` (CUDA tensors,
+            copy engines), ``"auto"``: ce where PyTorch has a GPU.
+        copy_call: on the ce lane, ``"batch"`` (one driver call for all copies of a submission,
+            from CUDA 12.8), ``"plain"`` (one per copy), ``"peer"`` (the same, naming both GPUs);
+            ``"auto"``: batch where the driver has it.
+        flag_call: on the ce lane, how a stream writes a flag: ``"memops"`` (one call for all),
+            ``"write"`` (one per flag), ``"copy"`` (a 4-byte copy); ``"auto"`` is memops.
+        arena_handle: on the ce lane, how peers map an arena: ``"vmm"`` (file descriptors) or
+            ``"ipc"`` (CUDA IPC); ``"auto"``: vmm where the GPU has it.
         gemm_gflops: a rank's expert GEMM rate in 10^9 operations per second, to size kept B (the
             work that hides the way back) and for ``auto``; None: 50 per CPU thread.
         lane_gbps: rate of the way back in 10^9 bytes per second; None: as measured at start-up.
@@ -220,13 +234,23 @@ class BalancerConfig:
     search_steps: int | None = None
     deadline_s: float = 60.0
     lane: str = "auto"
+    copy_call: str = "auto"
+    flag_call: str = "auto"
+    arena_handle: str = "auto"
     gemm_gflops: float | None = None
     lane_gbps: float | None = None
     allow_single_queue: bool = False
 
     def __post_init__(self) -> None:
         _require(self.policy in POLICIES, f"policy={self.policy!r}, expected one of {POLICIES}")
-        _require(self.lane in LANES, f"lane={self.lane!r}, expected one of {LANES}")
+        for name, known in (
+            ("lane", LANES),
+            ("copy_call", COPY_CALLS),
+            ("flag_call", FLAG_CALLS),
+            ("arena_handle", ARENA_HANDLES),
+        ):
+            value = getattr(self, name)
+            _require(value in known, f"{name}={value!r}, expected one of {known}")
         for name in ("num_slots", "num_grad_slots", "num_dynamic"):
             value = getattr(self, name)
             _require(value is None or value >= 0, f"{name}={value}, expected >= 0")

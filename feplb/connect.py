@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from .config import BalancerConfig, Environment, LayerSpec
+from .lanes import Lane, ProvenLane, open_lane
 from .memory import MemoryReport
 from .peers import DomainRanks, Peers
 
-_CANARY_BYTES = 1 << 20
+_LEAST_ARENA_BYTES = 64  # a rank alone reserves nothing, but a mapping is never empty
 
 
 @dataclass(frozen=True)
@@ -53,36 +54,41 @@ def _compare(identities: Sequence[dict[str, str]], global_ranks: Sequence[int]) 
 def connect(
     peers: Peers, domain: DomainRanks, own: dict[str, str], environment: Environment,
     config: BalancerConfig, reservation: Reservation,
-) -> tuple[Any, float]:  # fmt: skip
+) -> tuple[Any, ProvenLane]:  # fmt: skip
     """Build this rank's C++ Domain and prove its lane; ``open_together`` starts it.
 
     Returns:
-        (the Domain, the rate of its slowest rank through the lane in GB/s).
+        (the Domain, its lane).
     Raises:
         ValueError: ranks differ in ``own`` (both named).
-        RuntimeError: shared memory, processes or the lane are not to be had.
+        RuntimeError: memory, processes or the lane are not to be had.
     Thread/stream: collective, blocks.
     """
     from . import _core
 
     said = peers.gather((own, os.getpid(), os.urandom(4).hex()))
     _compare([identity for identity, _, _ in said], peers.global_ranks)
+    lanes: list[Lane] = []
+    peers.together(lambda: lanes.append(open_lane(config, environment)))
+    lane = lanes[0]
     pids = [said[rank][1] for rank in domain.group_ranks]
     # Named with job, restart count, group and pid, and unlinked before anything runs.
     job = f"{environment.job_id}-{environment.restart_count}"
     name = f"/feplb-{job}-{said[domain.group_ranks[0]][2]}-{pids[0]}"
-    arena_bytes = max(reservation.memory.arena_bytes, 64)
+    arena_bytes = max(reservation.memory.arena_bytes, _LEAST_ARENA_BYTES)
     board_bytes = reservation.memory.board_bytes
     created: dict[str, Any] = {}
 
+    def create_segment(part: str, size: int) -> None:
+        created[part] = _core.SharedMemory.create(f"{name}-{part}", size)
+
     def create() -> None:
-        arena = f"{name}-{domain.rank}"
-        created[arena] = _core.SharedMemory.create(arena, arena_bytes)
+        lane.reserve(create_segment, domain.rank, arena_bytes)
         if domain.rank == 0:
-            created[f"{name}-board"] = _core.SharedMemory.create(f"{name}-board", board_bytes)
+            create_segment("board", board_bytes)
 
     def segment(part: str, size: int) -> Any:
-        return created.get(part) or _core.SharedMemory.open(part, size)
+        return created.get(part) or _core.SharedMemory.open(f"{name}-{part}", size)
 
     def build() -> Any:
         return _core.Domain(
@@ -94,13 +100,15 @@ def connect(
             num_grad_slots=reservation.num_grad_slots,
             pids=pids,
             global_ranks=list(domain.global_ranks),
-            board=segment(f"{name}-board", board_bytes),
-            arenas=[segment(f"{name}-{rank}", arena_bytes) for rank in range(domain.num_ranks)],
+            board=segment("board", board_bytes),
+            arenas=lane.arenas(segment, domain, arena_bytes),
+            lane=lane.core,
         )
 
     domains: list[Any] = []
     try:
         peers.together(create)
+        lane.share(peers, domain, name, arena_bytes, config.deadline_s)
         peers.together(lambda: domains.append(build()))
     except BaseException:
         domains.clear()  # the traceback keeps this frame, and must not keep mappings
@@ -110,9 +118,10 @@ def connect(
         for part in ("board", *range(domain.num_ranks)):
             _core.SharedMemory.remove(f"{name}-{part}")
         created.clear()  # the Domain keeps what it needs
-    canary = min(_CANARY_BYTES, arena_bytes // domain.num_ranks // 64 * 64)
+    canary = min(lane.canary_bytes, arena_bytes // domain.num_ranks // 64 * 64)
     rates = peers.together(lambda: float(domains[0].prove_lane(canary)))
-    return domains[0], min(rates[rank] for rank in domain.group_ranks)
+    gbps = min(rates[rank] for rank in domain.group_ranks)
+    return domains[0], ProvenLane(lane.device, gbps, lane.description)
 
 
 def open_together(peers: Peers, core: Any) -> None:

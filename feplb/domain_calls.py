@@ -29,6 +29,7 @@ from .call import (
 )
 from .config import BalancerConfig, LayerSpec
 from .costs import gemm_gflops, lane_gbps
+from .lanes import ProvenLane
 from .peers import DomainRanks
 from .scheduler.plan import hash_integers
 
@@ -65,12 +66,12 @@ class DomainCalls:
         core: the open C++ Domain; closed by ``close``.
         ranks: who is in the domain.
         config, layers: as the Balancer has them.
-        measured_gbps: rate of the lane, as proven at start-up.
+        lane: as proven at start-up.
     """
 
     def __init__(
         self, core: Any, ranks: DomainRanks, config: BalancerConfig,
-        layers: Sequence[LayerSpec], measured_gbps: float,
+        layers: Sequence[LayerSpec], lane: ProvenLane,
     ) -> None:  # fmt: skip
         self.core = core
         self.num_ranks = ranks.num_ranks
@@ -80,8 +81,9 @@ class DomainCalls:
         self.micro_batches = [0] * len(layers)
         self._config = config
         self._rank = ranks.rank
-        self._lane_gbps = lane_gbps(config, measured_gbps)
-        self._views: ArenaViews | None = ArenaViews(core, layers)
+        self._lane_gbps = lane_gbps(config, lane.gbps)
+        self._device = lane.device
+        self._views: ArenaViews | None = ArenaViews(core, layers, lane.device)
         self._caller = threading.Lock()
         self._closed = False
         self._unconsumed: list[OnItsWay] = []
@@ -243,8 +245,8 @@ class DomainCalls:
 
     def own_precision(self) -> contextlib.AbstractContextManager[Any]:
         """Experts compute in their spec's dtype, whatever autocast is around them."""
-        if torch.is_autocast_enabled("cpu"):
-            return torch.autocast("cpu", enabled=False)
+        if torch.is_autocast_enabled(self._device.type):
+            return torch.autocast(self._device.type, enabled=False)
         return contextlib.nullcontext()
 
     def post_rows(
@@ -252,6 +254,7 @@ class DomainCalls:
         counts: Sequence[int],
     ) -> None:  # fmt: skip
         """Level 1: hand the mover the addresses of this call, as they are now."""
+        self._bind_stream()
         if not sent:
             self.core.post_rows([], [], [])
             return
@@ -261,6 +264,11 @@ class DomainCalls:
             for tensor in weights
         ]
         self.core.post_rows([source.data_ptr() for source in sources], pointers, first_rows(counts))
+
+    def _bind_stream(self) -> None:
+        """What the core enqueues from here on goes to the stream that PyTorch uses here."""
+        if self._device.type == "cuda":
+            self.core.bind_compute(torch.cuda.current_stream(self._device).cuda_stream)
 
     @property
     def views(self) -> ArenaViews:
@@ -299,6 +307,7 @@ class DomainCalls:
         self, seq: int, layer: int, sent: Sequence[RoutedMove], tensors: Sequence[int]
     ) -> list[dict[int, Tensor]]:
         """Per sent move, {tensor index: its grad in the arena}; blocks until the deadline."""
+        self._bind_stream()
         self.core.await_grads(seq, sorted({move.peer_rank for move in sent}))
         return [self.views.grads(layer, move, tensors) for move in sent]
 

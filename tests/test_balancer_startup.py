@@ -4,7 +4,6 @@ better one can be built in the same processes. All attempts run in one spawn of 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import os
@@ -255,18 +254,18 @@ ONE_QUEUE = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
         ({"CUDA_DEVICE_MAX_CONNECTIONS": "32"}, True),
     ],
 )
-def test_one_queue_for_kernels_and_copies_is_refused_where_there_are_gpus(
+def test_one_queue_for_kernels_and_copies_is_refused_on_gpus(
     variables: dict[str, str], accepted: bool
 ) -> None:
-    allowed = contextlib.nullcontext()
+    no_driver = pytest.raises(RuntimeError, match=r"/nowhere/libcuda\.so.*cannot open")
     refused = pytest.raises(ValueError, match="Set CUDA_DEVICE_MAX_COPY_CONNECTIONS=8 beside it")
     spec = [layer_spec()]
-    with mock.patch.dict(os.environ, variables):
-        Balancer(BalancerConfig(), layers=spec).close()  # without a GPU nobody asks
-        with mock.patch("torch.cuda.is_available", return_value=True):
-            Balancer(BalancerConfig(allow_single_queue=True), layers=spec).close()
-            with allowed if accepted else refused:
-                Balancer(BalancerConfig(), layers=spec).close()
+    with mock.patch.dict(os.environ, variables | {"FEPLB_LIBCUDA": "/nowhere/libcuda.so"}):
+        Balancer(BalancerConfig(lane="host"), layers=spec).close()  # without a GPU nobody asks
+        with no_driver:
+            Balancer(BalancerConfig(lane="ce", allow_single_queue=True), layers=spec)
+        with no_driver if accepted else refused:
+            Balancer(BalancerConfig(lane="ce"), layers=spec)
 
 
 def die_between_create_and_unlink(rank: int, num_ranks: int) -> tuple[str, list[str]]:

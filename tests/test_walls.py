@@ -16,9 +16,33 @@ PACKAGE = ROOT / "feplb"
 
 # What only some files may say.
 WALLS = {
-    "pybind11": (r"pybind11", "csrc/*", {"csrc/bindings.cpp"}),
+    "pybind11": (
+        r"pybind11",
+        "csrc/*",
+        {
+            "csrc/bindings.h",
+            "csrc/bindings.cpp",
+            "csrc/bindings_plan.cpp",
+            "csrc/bindings_domain.cpp",
+            "csrc/bindings_cuda.cpp",
+        },
+    ),
     "libtorch": (r"#include <(torch|ATen|c10)/", "csrc/*", set()),
-    "cuda": (r"\bcuda[A-Z]|\bcu[A-Z][a-z]+\(|<cuda", "csrc/*", {"csrc/device_cuda.cpp"}),
+    "cuda": (
+        r"\bcuda[A-Z]|\bcu[A-Z][a-z]+\(|<cuda|\"cu[A-Z]",
+        "csrc/*",
+        {
+            "csrc/cuda_driver.h",
+            "csrc/cuda_driver.cpp",
+            "csrc/cuda_memory.h",
+            "csrc/cuda_memory.cpp",
+            "csrc/cuda_trials.h",
+            "csrc/cuda_trials.cpp",
+            "csrc/device_cuda.h",
+            "csrc/device_cuda.cpp",
+            "csrc/bindings_cuda.cpp",
+        },
+    ),
     "threads": (
         r"std::thread\b|pthread_create",
         "csrc/*",
@@ -48,7 +72,8 @@ ORDER = [
     ["late_grads"],
     ["domain_calls"],
     ["arena_views", "arguments", "connect"],
-    ["call", "costs", "memory", "peers", "function_compute"],
+    ["call", "costs", "memory", "lanes", "function_compute"],
+    ["peers"],
     ["compute", "router", "dispatch", "scheduler"],
     ["config", "_core"],
 ]

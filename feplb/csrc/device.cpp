@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cstring>
 
 namespace feplb {
 namespace {
@@ -18,6 +19,16 @@ void Device::write_flags(StreamKind stream, const std::vector<Flag*>& flags, Epo
   for (Flag* flag : flags) write_flag(stream, flag, epoch);
 }
 
+void Device::put(std::byte* dst, const std::byte* src, std::size_t bytes) {
+  std::memcpy(dst, src, bytes);
+}
+
+void Device::get(std::byte* dst, const std::byte* src, std::size_t bytes) {
+  std::memcpy(dst, src, bytes);
+}
+
+Clock::duration Device::longest_nap() const { return kLongestNap; }
+
 WaitResult Device::wait_host(Bell& bell, const std::function<bool()>& done,
                              const WaitLimits& limits) {
   while (true) {
@@ -26,7 +37,7 @@ WaitResult Device::wait_host(Bell& bell, const std::function<bool()>& done,
     if (limits.poisoned->load(std::memory_order_acquire)) return WaitResult::kPoisoned;
     const TimePoint now = Clock::now();
     if (now >= limits.deadline) return WaitResult::kTimedOut;
-    bell.sleep(seen, kAnyReason, std::min(limits.deadline, now + kLongestNap));
+    bell.sleep(seen, kAnyReason, std::min(limits.deadline, now + longest_nap()));
   }
 }
 

@@ -108,7 +108,12 @@ class Device {
   // True once everything enqueued on the compute stream has run (check() and the watchdog ask).
   virtual bool compute_drained() = 0;
 
-  // The caller waits on the host for `done`, which the mover makes true and rings `bell` for.
+  // Between host and lane memory, at start-up only; blocks until it is done.
+  virtual void put(std::byte* dst, const std::byte* src, std::size_t bytes);
+  virtual void get(std::byte* dst, const std::byte* src, std::size_t bytes);
+
+  // The caller waits on the host for `done`, which the mover makes true and rings `bell` for, or
+  // which becomes true with nobody to ring.
   virtual WaitResult wait_host(Bell& bell, const std::function<bool()>& done,
                                const WaitLimits& limits);
 
@@ -121,8 +126,13 @@ class Device {
   // CPU time of the lane's own copy threads, nanoseconds.
   virtual int64_t copy_thread_cpu_ns() const { return 0; }
 
-  // Ends the lane's threads; copies already accepted finish first. Idempotent.
+  // Ends the lane's threads; copies already accepted finish first. Idempotent. The board and the
+  // arenas may be unmapped afterwards if the compute stream has drained.
   virtual void stop() noexcept = 0;
+
+ protected:
+  // Between two looks of wait_host() at what nobody rings for.
+  virtual Clock::duration longest_nap() const;
 };
 
 std::unique_ptr<Device> make_host_device(const std::string& thread_name);

@@ -74,12 +74,32 @@ void Domain::close() noexcept {
   closed_ = true;
   board_.set_state(config_.rank, RankState::kClosed);
   mover_.stop();
-  watchdog_.stop();
   mover_thread_.join();
+  await_drained();
+  watchdog_.stop();
   watchdog_thread_.join();
   watchdog_.close_fds();
+  const bool is_drained = device_->compute_drained();
   device_->stop();
-  memory_.owner.reset();  // views that are still alive keep the mapping, nothing else does
+  // Views that are still alive keep the mapping, and so does a stream that waits for ever.
+  if (is_drained) {
+    memory_.owner.reset();
+  } else {
+    static_cast<void>(new std::shared_ptr<void>(std::move(memory_.owner)));
+  }
+}
+
+// What lies in the compute stream may wait for flags of the board: it stays until they have come,
+// or the watchdog, which still runs, has lifted them.
+void Domain::await_drained() noexcept {
+  if (device_->compute_drained()) return;
+  static const std::atomic<bool> kNever{false};
+  const auto drained = [this] { return device_->compute_drained(); };
+  try {
+    device_->mark_compute();
+    device_->wait_host(caller_bell_, drained, WaitLimits{limits().deadline, &kNever});
+  } catch (const Error&) {
+  }
 }
 
 bool Domain::forked() const { return getpid() != pid_; }
@@ -121,14 +141,20 @@ std::string Domain::where(const char* phase) const {
 
 // Once the caller hears of a failure it lets go of its tensors, and a lifted wait no longer tells
 // that peers have them: what its compute stream does next comes after this rank's own copies.
-void Domain::let_go_of_inputs() {
-  if (!in_call_) return;
+// A device that fails in here adds nothing to the failure that is being told.
+void Domain::let_go_of_inputs() noexcept {
   static const std::atomic<bool> kNever{false};
   const WaitLimits wait{limits().deadline, &kNever};
-  device_->wait_host(caller_bell_, [this] { return mover_.cancelled(); }, wait);
-  for (const Event& event : {mover_.last_push(kRowsRegion, 0), mover_.last_push(kRowsRegion, 1),
-                             mover_.last_push(kWeightsRegion, 0)}) {
-    if (fence_on(Fence::kDrainInputs) && event.position != 0) device_->wait_event(event, wait);
+  try {
+    if (in_call_) {
+      device_->wait_host(caller_bell_, [this] { return mover_.cancelled(); }, wait);
+      for (const Event& event : {mover_.last_push(kRowsRegion, 0), mover_.last_push(kRowsRegion, 1),
+                                 mover_.last_push(kWeightsRegion, 0)}) {
+        if (fence_on(Fence::kDrainInputs) && event.position != 0) device_->wait_event(event, wait);
+      }
+    }
+    device_->mark_compute();
+  } catch (const Error&) {
   }
 }
 
@@ -340,30 +366,45 @@ double Domain::prove_lane(std::size_t bytes) {
     return memory_.arenas[static_cast<std::size_t>(owner)] + static_cast<std::size_t>(src) * bytes;
   };
   seq_ = 1;  // the canary's epoch; calls count on from here
-  std::vector<std::byte> source(bytes);
-  const TimePoint start = Clock::now();
+  std::vector<std::byte> buffer(bytes);
+  Clock::duration pushing{0};
   for (int dst = 0; dst < config_.num_ranks; ++dst) {
     if (dst == config_.rank) continue;
-    for (std::size_t i = 0; i < bytes; ++i) source[i] = pattern(config_.rank, dst, i);
-    device_->copy_batch(StreamKind::kPushes,
-                        {CopyOp{place(dst, config_.rank), source.data(), bytes}});
-    device_->write_flag(StreamKind::kPushes, board_.inbound(dst, config_.rank, kRowsFlag), 1);
-    await_event(device_->record(StreamKind::kPushes), kPhase);
+    for (std::size_t i = 0; i < bytes; ++i) buffer[i] = pattern(config_.rank, dst, i);
+    device_->put(place(config_.rank, config_.rank), buffer.data(), bytes);
+    const TimePoint start = Clock::now();
+    Flag* flag = board_.inbound(dst, config_.rank, kRowsFlag);
+    device_->copy_batch(StreamKind::kPushes, {CopyOp{place(dst, config_.rank),
+                                                     place(config_.rank, config_.rank), bytes}});
+    device_->write_flag(StreamKind::kPushes, flag, 1);
+    await_on_host(flag, 1, kPhase, "this rank's own copies");
+    pushing += Clock::now() - start;
   }
-  const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
   for (int src = 0; src < config_.num_ranks; ++src) {
     if (src == config_.rank) continue;
+    await_on_host(board_.inbound(config_.rank, src, kRowsFlag), 1, kPhase,
+                  cat("rank ", board_.global_rank(src)));
     await_flag(src, kRowsFlag, 1, kPhase);
+    device_->mark_compute();
+    drain();  // the wait in the stream has seen the flag, too
+    device_->get(buffer.data(), place(config_.rank, src), bytes);
     for (std::size_t i = 0; i < bytes; ++i) {
-      if (place(config_.rank, src)[i] == pattern(src, config_.rank, i)) continue;
+      if (buffer[i] == pattern(src, config_.rank, i)) continue;
       failure_.poison(cat("byte ", i, " of rank ", board_.global_rank(src), "'s pattern is ",
-                          static_cast<int>(place(config_.rank, src)[i]), ", expected ",
+                          static_cast<int>(buffer[i]), ", expected ",
                           static_cast<int>(pattern(src, config_.rank, i)),
                           ": this lane does not carry data"));
       check_failure(kPhase);
     }
   }
+  const double seconds = std::chrono::duration<double>(pushing).count();
   return seconds > 0 ? static_cast<double>(bytes) * (config_.num_ranks - 1) / seconds / 1e9 : 0;
+}
+
+void Domain::await_on_host(const Flag* flag, Epoch epoch, const char* phase,
+                           const std::string& whom) {
+  const auto done = [&] { return epoch_reached(flag->epoch.load(), epoch); };
+  settle(device_->wait_host(caller_bell_, done, limits()), phase, whom);
 }
 
 void Domain::drain() {

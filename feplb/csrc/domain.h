@@ -78,8 +78,8 @@ class Domain {
   bool closed() const { return closed_; }
 
   // Start-up canary: pushes a pattern to every peer through the lane and checks what peers pushed.
-  // Returns the rate seen, GB/s (10^9 bytes, the making of the pattern included). `bytes` per peer
-  // must fit num_ranks times into the arena.
+  // Returns the rate seen, GB/s (10^9 bytes, until the flag is seen here). `bytes` per peer must
+  // fit num_ranks times into the arena.
   double prove_lane(std::size_t bytes);
 
   // Names the stream that the caller's kernels run on from here on; every method from post_rows on
@@ -126,7 +126,9 @@ class Domain {
   void release(Region region, uint64_t seq);
   void await_submitted(Level level, const char* phase);
   void settle(WaitResult result, const char* phase, const std::string& missing);
-  void let_go_of_inputs();
+  void let_go_of_inputs() noexcept;
+  void await_drained() noexcept;
+  void await_on_host(const Flag* flag, Epoch epoch, const char* phase, const std::string& whom);
   [[noreturn]] void raise(const std::string& what);
   std::string where(const char* phase) const;
   int own_global_rank() const { return board_.global_rank(config_.rank); }

@@ -28,6 +28,8 @@ class Handle {
 
   Value get() const { return value_; }
   explicit operator bool() const { return value_ != Traits::kNone; }
+  // Nobody here destroys it any more.
+  Value release() noexcept { return std::exchange(value_, Traits::kNone); }
   void reset() noexcept {
     if (value_ != Traits::kNone) Traits::destroy(std::exchange(value_, Traits::kNone));
   }

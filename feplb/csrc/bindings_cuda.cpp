@@ -1,0 +1,135 @@
+// The ce lane as Python sees it: one GPU, the memory on it, and what the machine can do.
+#include "bindings.h"
+#include "cuda_memory.h"
+#include "cuda_trials.h"
+#include "device_cuda.h"
+#include "error.h"
+#include "lane_door.h"
+
+namespace feplb {
+namespace {
+
+using cuda::ArenaWay;
+using cuda::DeviceArena;
+using cuda::DeviceContext;
+using cuda::Driver;
+
+// One rank's GPU. `peer_ordinals` [num_ranks]: the GPUs of all ranks as this process numbers them;
+// empty where it does not see them.
+class CudaLane : public LaneDoor {
+ public:
+  CudaLane(const std::string& library, int ordinal, const std::string& copy_call,
+           const std::string& flag_call)
+      : context_(std::make_shared<DeviceContext>(Driver::open(library), ordinal)) {
+    options_.copies = cuda::copy_call_from(copy_call, context_->driver());
+    options_.flags = cuda::flag_call_from(flag_call);
+  }
+
+  std::unique_ptr<Device> make(const std::string& /*name*/, SharedMemory& board,
+                               const std::vector<std::shared_ptr<Mapping>>& arenas) override {
+    cuda::LaneOptions options = options_;
+    if (options.copies == cuda::CopyCall::kPeer) {
+      if (peer_ordinals_.size() != arenas.size()) {
+        throw Error(
+            "copy_call=\"peer\" must know the GPUs of all ranks, and this process does not "
+            "see them. Make them visible (CUDA_VISIBLE_DEVICES), or use \"plain\" or "
+            "\"batch\".");
+      }
+      for (std::size_t rank = 0; rank < arenas.size(); ++rank) {
+        options.peers.push_back({arenas[rank]->data(), arena_bytes_, peer_ordinals_[rank]});
+      }
+    }
+    return cuda::make_cuda_device(context_, board.data(), board.bytes(), std::move(options));
+  }
+
+  std::shared_ptr<DeviceArena> create_arena(std::size_t bytes, const std::string& way) {
+    arena_bytes_ = bytes;
+    return DeviceArena::create(context_, bytes, way == "ipc" ? ArenaWay::kIpc : ArenaWay::kVmm);
+  }
+  std::shared_ptr<DeviceArena> open_fd(std::size_t bytes, int fd) {
+    return DeviceArena::open(context_, bytes, fd);
+  }
+  std::shared_ptr<DeviceArena> open_ipc(std::size_t bytes, const py::bytes& handle) {
+    return DeviceArena::open(context_, bytes, std::string(handle));
+  }
+  void set_peer_ordinals(std::vector<int> ordinals) { peer_ordinals_ = std::move(ordinals); }
+  bool is_stand_in() const { return context_->driver().is_stand_in(); }
+  std::string calls() const {
+    return cat(cuda::copy_call_name(options_.copies), " copies, flags by ",
+               cuda::flag_call_name(options_.flags));
+  }
+  bool has_vmm() const {
+    return context_->attribute(cuda::kVirtualMemorySupported) != 0 &&
+           context_->attribute(cuda::kPosixHandleSupported) != 0;
+  }
+
+ private:
+  std::shared_ptr<DeviceContext> context_;
+  cuda::LaneOptions options_;
+  std::vector<int> peer_ordinals_;
+  std::size_t arena_bytes_ = 0;
+};
+
+py::dict facts_of(const std::string& library) {
+  const cuda::MachineFacts facts = cuda::read_facts(*Driver::open(library));
+  py::list gpus;
+  for (const cuda::GpuFacts& gpu : facts.gpus) {
+    py::dict entry;
+    entry["ordinal"] = gpu.ordinal;
+    entry["name"] = gpu.name;
+    entry["uuid"] = gpu.uuid;
+    entry["compute_capability"] = py::make_tuple(gpu.capability_major, gpu.capability_minor);
+    entry["async_engines"] = gpu.async_engines;
+    entry["vmm"] = gpu.has_vmm;
+    entry["posix_handles"] = gpu.has_posix_handles;
+    entry["fabric_handles"] = gpu.has_fabric_handles;
+    entry["reaches"] = gpu.reaches;
+    gpus.append(std::move(entry));
+  }
+  py::dict result;
+  result["driver_version"] = facts.driver_version;
+  result["is_stand_in"] = facts.is_stand_in;
+  result["batch_copies"] = facts.has_batches;
+  result["gpus"] = std::move(gpus);
+  return result;
+}
+
+py::list trials_on(const std::string& library, int ordinal) {
+  std::vector<cuda::Trial> trials;
+  {
+    const py::gil_scoped_release release;
+    trials = cuda::try_out(Driver::open(library), ordinal);
+  }
+  py::list result;
+  for (const cuda::Trial& trial : trials) {
+    py::dict entry;
+    entry["name"] = trial.name;
+    entry["ok"] = trial.ok;
+    entry["seen"] = trial.seen;
+    result.append(std::move(entry));
+  }
+  return result;
+}
+
+}  // namespace
+
+void bind_cuda(py::module_& module) {
+  py::class_<DeviceArena, Mapping, std::shared_ptr<DeviceArena>>(module, "DeviceArena")
+      .def("export_fd", [](const DeviceArena& arena) { return arena.export_fd().release(); })
+      .def("export_ipc", [](const DeviceArena& arena) { return py::bytes(arena.export_ipc()); });
+  py::class_<CudaLane, LaneDoor>(module, "CudaLane")
+      .def(py::init<const std::string&, int, const std::string&, const std::string&>(),
+           py::kw_only(), py::arg("library"), py::arg("ordinal"), py::arg("copy_call"),
+           py::arg("flag_call"))
+      .def("create_arena", &CudaLane::create_arena, py::arg("bytes"), py::arg("way"))
+      .def("open_fd", &CudaLane::open_fd, py::arg("bytes"), py::arg("fd"))
+      .def("open_ipc", &CudaLane::open_ipc, py::arg("bytes"), py::arg("handle"))
+      .def("set_peer_ordinals", &CudaLane::set_peer_ordinals, py::arg("ordinals"))
+      .def_property_readonly("is_stand_in", &CudaLane::is_stand_in)
+      .def_property_readonly("calls", &CudaLane::calls)
+      .def_property_readonly("has_vmm", &CudaLane::has_vmm);
+  module.def("cuda_facts", &facts_of, py::arg("library"));
+  module.def("cuda_trials", &trials_on, py::arg("library"), py::arg("ordinal"));
+}
+
+}  // namespace feplb

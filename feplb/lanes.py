@@ -1,0 +1,288 @@
+"""Lanes: how the bytes of a domain travel, opened on this rank and shared with its peers.
+
+``host``: arenas in shared memory of the host, copied by threads. ``ce``: arenas on the GPUs, copied
+by their copy engines; a peer gets a rank's arena as a file descriptor over a Unix socket ("vmm") or
+as a CUDA IPC handle ("ipc"). Used at start-up only; everything a lane waits for has a deadline.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from .config import BalancerConfig, Environment
+from .peers import DomainRanks, Peers
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_DRIVER = "libcuda.so.1"
+_HOST_CANARY_BYTES = 1 << 20
+_CE_CANARY_BYTES = 64 << 20  # at 400 GB/s five times what the submission takes
+
+# Opens the shared-memory segment of the domain's name with this ending.
+OpenSegment = Callable[[str, int], Any]
+
+
+class Lane(Protocol):
+    """One rank's end of a lane.
+
+    Attributes:
+        device: where rows, weights and gradients live.
+        core: what the C++ Domain is given.
+        description: for the log: what was chosen.
+        canary_bytes: what start-up pushes to each peer to prove and to measure the lane.
+    """
+
+    device: torch.device
+    core: Any
+    description: str
+    canary_bytes: int
+
+    def reserve(self, create: OpenSegment, rank: int, num_bytes: int) -> None:
+        """Reserve this rank's arena."""
+        ...
+
+    def share(
+        self, peers: Peers, domain: DomainRanks, name: str, num_bytes: int, deadline_s: float
+    ) -> None:
+        """Hand it to the peers, where that takes more than a name. Collective, blocks."""
+        ...
+
+    def arenas(self, open_segment: OpenSegment, domain: DomainRanks, num_bytes: int) -> list[Any]:
+        """Every rank's arena, mapped here."""
+        ...
+
+
+def lane_name(config: BalancerConfig, environment: Environment) -> str:
+    """What the config, or FEPLB_LANE, asks for; ``auto``: ce where PyTorch has a GPU."""
+    wanted = config.lane if config.lane != "auto" else environment.lane or "auto"
+    if wanted == "auto":
+        return "ce" if torch.cuda.is_available() else "host"
+    return wanted
+
+
+def open_lane(config: BalancerConfig, environment: Environment) -> Lane:
+    """This rank's end of the lane.
+
+    Raises:
+        RuntimeError: the machine has no such lane.
+    """
+    is_host = lane_name(config, environment) == "host"
+    return HostLane() if is_host else CopyEngineLane(config, environment)
+
+
+# ----------------------------------------------------------------------------------------- host
+
+
+class HostLane:
+    """Shared memory of one host."""
+
+    def __init__(self) -> None:
+        from . import _core
+
+        self.device = torch.device("cpu")
+        self.core: Any = _core.HostLane()
+        self.description = "host"
+        self.canary_bytes = _HOST_CANARY_BYTES
+
+    def reserve(self, create: OpenSegment, rank: int, num_bytes: int) -> None:
+        create(str(rank), num_bytes)
+
+    def share(
+        self, peers: Peers, domain: DomainRanks, name: str, num_bytes: int, deadline_s: float
+    ) -> None:
+        pass  # peers open it by its name
+
+    def arenas(self, open_segment: OpenSegment, domain: DomainRanks, num_bytes: int) -> list[Any]:
+        return [open_segment(str(rank), num_bytes) for rank in range(domain.num_ranks)]
+
+
+# ------------------------------------------------------------------------------------------- ce
+
+
+class CopyEngineLane:
+    """The GPU that is current when the Balancer is built.
+
+    Raises:
+        RuntimeError: no driver, one that is too old, or one without what the config asks for.
+    """
+
+    def __init__(self, config: BalancerConfig, environment: Environment) -> None:
+        from . import _core
+
+        self._library = environment.cuda_library or _DRIVER
+        ordinal = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        self.core: Any = _core.CudaLane(
+            library=self._library,
+            ordinal=ordinal,
+            copy_call=config.copy_call,
+            flag_call=config.flag_call,
+        )
+        # The stand-in of the tests lets tensors of the host be a GPU's.
+        if not torch.cuda.is_available() and not self.core.is_stand_in:
+            raise RuntimeError(
+                f"lane='ce': {self._library} is there, but PyTorch {torch.__version__} has no CUDA "
+                "(torch.cuda.is_available() is False). Install a CUDA build of it, or use "
+                "lane='host'."
+            )
+        is_real = not self.core.is_stand_in
+        self.device = torch.device("cuda", ordinal) if is_real else torch.device("cpu")
+        self._way = config.arena_handle
+        if self._way == "auto":
+            self._way = "vmm" if self.core.has_vmm else "ipc"
+        self.description = f"ce ({self.core.calls}, {self._way} arena)"
+        self.canary_bytes = _CE_CANARY_BYTES
+        self._own: Any = None
+        self._ordinal = ordinal
+        self._opened: list[Any] = []
+
+    def reserve(self, create: OpenSegment, rank: int, num_bytes: int) -> None:
+        self._own = self.core.create_arena(num_bytes, self._way)
+
+    def share(
+        self, peers: Peers, domain: DomainRanks, name: str, num_bytes: int, deadline_s: float
+    ) -> None:
+        self._find_peers(peers, domain)
+        if self._way == "vmm":
+            with _Sockets(name, domain, deadline_s) as sockets:
+                peers.together(sockets.listen)
+                fds: list[int] = []
+                peers.together(lambda: fds.extend(sockets.exchange(self._own.export_fd())))
+            try:
+                peers.together(lambda: self._open(domain, fds, num_bytes, self.core.open_fd))
+            finally:
+                for fd in fds:
+                    if fd >= 0:
+                        os.close(fd)
+            return
+        said = peers.together(self._own.export_ipc)
+        handles = [said[rank] for rank in domain.group_ranks]
+        peers.together(lambda: self._open(domain, handles, num_bytes, self.core.open_ipc))
+
+    def _find_peers(self, peers: Peers, domain: DomainRanks) -> None:
+        """Tell the core which GPUs the peers have, if this process sees them all."""
+        from . import _core
+
+        def own_uuid() -> tuple[str, list[str]]:
+            uuids = [gpu["uuid"] for gpu in _core.cuda_facts(self._library)["gpus"]]
+            return uuids[self._ordinal], uuids
+
+        said = peers.together(own_uuid)
+        visible = said[peers.rank][1]
+        of_ranks = [said[rank][0] for rank in domain.group_ranks]
+        if all(uuid in visible for uuid in of_ranks):
+            self.core.set_peer_ordinals([visible.index(uuid) for uuid in of_ranks])
+
+    def _open(
+        self, domain: DomainRanks, handles: Sequence[Any], num_bytes: int, opener: Any
+    ) -> None:
+        self._opened = [
+            self._own if rank == domain.rank else opener(num_bytes, handle)
+            for rank, handle in enumerate(handles)
+        ]
+
+    def arenas(self, open_segment: OpenSegment, domain: DomainRanks, num_bytes: int) -> list[Any]:
+        opened, self._opened, self._own = self._opened, [], None
+        return opened
+
+
+class _Sockets:
+    """Passes one file descriptor from every rank of a domain to every other.
+
+    Sockets have names in the abstract namespace: nothing is left behind, whoever dies. Whoever
+    connects must be a process of this user.
+    """
+
+    def __init__(self, name: str, domain: DomainRanks, deadline_s: float) -> None:
+        self._name = name
+        self._domain = domain
+        self._deadline_s = deadline_s
+        self._listener = self._socket()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _socket(self) -> socket.socket:
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        made.settimeout(self._deadline_s)
+        return made
+
+    def _address(self, rank: int) -> str:
+        return f"\0{self._name.strip('/')}-{rank}"
+
+    def listen(self) -> None:
+        """Before any rank connects."""
+        self._listener.bind(self._address(self._domain.rank))
+        self._listener.listen(self._domain.num_ranks)
+
+    def exchange(self, own: int) -> list[int]:
+        """Every rank's descriptor, -1 in this rank's place; they are the caller's. Closes ``own``.
+
+        Raises:
+            RuntimeError: a peer did not answer, or another user's process did.
+        """
+        others = [r for r in range(self._domain.num_ranks) if r != self._domain.rank]
+        fds = [-1] * self._domain.num_ranks
+        asked: dict[int, socket.socket] = {}
+        try:
+            for rank in others:
+                asked[rank] = self._socket()
+                asked[rank].connect(self._address(rank))
+            for _ in others:
+                self._serve(own)
+            for rank in others:
+                _, received, _, _ = socket.recv_fds(asked[rank], 1, 1)
+                if not received:
+                    raise RuntimeError(
+                        f"rank {self._domain.global_ranks[rank]} sent no descriptor of its arena"
+                    )
+                fds[rank] = received[0]
+        except OSError as error:
+            for fd in fds:
+                if fd >= 0:
+                    os.close(fd)
+            raise RuntimeError(
+                f"passing arenas between ranks failed: {error}. The ranks of a domain need one "
+                "network namespace (one container, or --network=host); or use "
+                "arena_handle='ipc'."
+            ) from error
+        finally:
+            os.close(own)
+            for connection in asked.values():
+                connection.close()
+        return fds
+
+    def _serve(self, own: int) -> None:
+        connection, _ = self._listener.accept()
+        with connection:
+            size = struct.calcsize("3i")
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+            _, uid, _ = struct.unpack("3i", credentials)
+            if uid != os.getuid():
+                raise RuntimeError(f"user {uid} asked for this rank's arena; only its own user may")
+            socket.send_fds(connection, [b"a"], [own])
+
+
+@dataclass(frozen=True)
+class ProvenLane:
+    """A lane that has carried a pattern between all ranks.
+
+    Args:
+        device: where rows, weights and gradients live.
+        gbps: rate of the slowest rank, 10^9 bytes per second.
+        description: for the log.
+    """
+
+    device: torch.device
+    gbps: float
+    description: str

@@ -1,0 +1,116 @@
+// What the stand-in driver was asked, and what it shall answer. The environment sets it up before
+// the first call; the functions exported by stand_in.cpp change it later.
+//
+//   STAND_IN_GPUS=2            GPUs in the machine
+//   STAND_IN_VERSION=13000     CUDA version that the driver supports
+//   STAND_IN_CALL_NS=6000      what every call that submits work costs
+//   STAND_IN_FAIL=cuMemSetAccess:217:0    this call fails with this code, after so many that did
+//   not STAND_IN_BLOCK=cuMemcpyBatchAsync:50  this call is held for so many milliseconds
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <sstream>
+#include <string>
+#include <thread>
+
+namespace stand_in {
+
+using Clock = std::chrono::steady_clock;
+
+struct Failing {
+  int code = 0;
+  int64_t after = 0;
+};
+
+class Ledger {
+ public:
+  static Ledger& the() {
+    static Ledger* ledger = new Ledger;  // threads may still call while the process exits
+    return *ledger;
+  }
+
+  int num_gpus = 1;
+  int version = 13000;
+  int64_t call_ns = 0;
+
+  // Writes a call down; 0, or the code it shall fail with.
+  int enter(const char* symbol, bool submits) {
+    int64_t held_ms = 0;
+    int code = 0;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const int64_t before = calls_[symbol]++;
+      const auto failing = failing_.find(symbol);
+      if (failing != failing_.end() && before >= failing->second.after) code = failing->second.code;
+      const auto blocking = blocking_.find(symbol);
+      if (blocking != blocking_.end()) held_ms = blocking->second;
+    }
+    if (held_ms > 0) std::this_thread::sleep_for(std::chrono::milliseconds(held_ms));
+    if (submits && call_ns > 0) {
+      const auto end = Clock::now() + std::chrono::nanoseconds(call_ns);
+      while (Clock::now() < end) {
+      }
+    }
+    return code;
+  }
+
+  // The latest submission of a copy has been accepted.
+  void accepted_copy() { last_copy_ns_.store(Clock::now().time_since_epoch().count()); }
+  int64_t last_copy_ns() const { return last_copy_ns_.load(); }
+
+  int64_t calls(const std::string& symbol) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!symbol.empty()) return calls_[symbol];
+    int64_t all = 0;
+    for (const auto& [name, count] : calls_) all += count;
+    return all;
+  }
+
+  void fail(const std::string& symbol, int code, int64_t after) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    failing_[symbol] = Failing{code, calls_[symbol] + after};
+  }
+
+  void block(const std::string& symbol, int64_t ms) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    blocking_[symbol] = ms;
+  }
+
+ private:
+  Ledger() {
+    num_gpus = static_cast<int>(number("STAND_IN_GPUS", num_gpus));
+    version = static_cast<int>(number("STAND_IN_VERSION", version));
+    call_ns = number("STAND_IN_CALL_NS", 0);
+    std::istringstream failing(text("STAND_IN_FAIL"));
+    std::string symbol, code, after;
+    if (std::getline(failing, symbol, ':') && std::getline(failing, code, ':')) {
+      failing_[symbol] =
+          Failing{std::stoi(code), std::getline(failing, after) ? std::stol(after) : 0};
+    }
+    std::istringstream blocking(text("STAND_IN_BLOCK"));
+    if (std::getline(blocking, symbol, ':') && std::getline(blocking, code)) {
+      blocking_[symbol] = std::stol(code);
+    }
+  }
+
+  static std::string text(const char* name) {
+    const char* value = std::getenv(name);
+    return value == nullptr ? "" : value;
+  }
+  static int64_t number(const char* name, int64_t otherwise) {
+    const std::string value = text(name);
+    return value.empty() ? otherwise : std::stoll(value);
+  }
+
+  std::mutex mutex_;
+  std::map<std::string, int64_t> calls_;
+  std::map<std::string, Failing> failing_;
+  std::map<std::string, int64_t> blocking_;
+  std::atomic<int64_t> last_copy_ns_{0};
+};
+
+}  // namespace stand_in

@@ -1,0 +1,614 @@
+// A driver without a GPU: the functions of libcuda that feplb calls, over host memory and threads,
+// strict where the real one is. It writes down what it is asked, fails and blocks where it is told
+// to (ledger.h), and costs what a call costs. A shared library of its own, opened in libcuda's
+// place.
+#include <atomic>
+#include <cstring>
+#include <vector>
+
+#include "../../feplb/csrc/cuda_abi.h"
+#include "ledger.h"
+#include "memory.h"
+#include "streams.h"
+
+namespace stand_in {
+namespace {
+
+using namespace feplb::cuda;
+
+constexpr Result kInvalidValue = 1;
+constexpr Result kInvalidContext = 201;
+constexpr Result kInvalidHandle = 400;
+constexpr Result kNotFound = 500;
+constexpr Result kIllegalAddress = 700;
+
+struct ContextRecord {
+  int device;
+};
+thread_local std::vector<Context> current;
+
+bool has_context() { return !current.empty() && current.back() != nullptr; }
+
+StreamThread* thread_of(Stream stream) { return reinterpret_cast<StreamThread*>(stream); }
+
+void enqueue(Stream stream, Operation operation) {
+  if (stream == nullptr) {
+    operation();
+  } else {
+    thread_of(stream)->add(std::move(operation));
+  }
+}
+
+// Plain memory of the process stands for tensors: it may be read from anywhere, and the caller's
+// own results may be written by kernels alone, never by a copy of ours.
+bool may_write(Address address, std::size_t bytes) { return Memory::the().holds(address, bytes); }
+
+void copy_now(Address destination, Address source, std::size_t bytes) {
+  std::memcpy(reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), bytes);
+}
+
+std::atomic<uint32_t>* word_at(Address address) {
+  return reinterpret_cast<std::atomic<uint32_t>*>(address);
+}
+
+void wait_for(Address address, uint32_t value) {
+  while (static_cast<int32_t>(word_at(address)->load(std::memory_order_acquire) - value) < 0) {
+    pause_briefly();
+  }
+}
+
+Result enqueue_mem_op(Stream stream, int operation, Address address, uint32_t value) {
+  if (!may_write(address, sizeof(value)) || address % sizeof(value) != 0) return kInvalidValue;
+  if (operation == kWaitValue32) {
+    enqueue(stream, [address, value] { wait_for(address, value); });
+  } else if (operation == kWriteValue32) {
+    enqueue(stream,
+            [address, value] { word_at(address)->store(value, std::memory_order_release); });
+  } else {
+    return kInvalidValue;
+  }
+  return kSuccess;
+}
+
+}  // namespace
+}  // namespace stand_in
+
+using namespace stand_in;
+
+// The beginning of every function: written down, told to fail, and refused without a context.
+#define STAND_IN_ENTER(symbol, submits) \
+  if (const int code = Ledger::the().enter(symbol, submits); code != 0) return code
+#define STAND_IN_NEEDS_CONTEXT() \
+  if (!has_context()) return kInvalidContext
+
+extern "C" {
+
+int feplb_driver_stand_in = 1;
+
+// ---------------------------------------------------------------------------- for tests and
+// benches
+
+int64_t stand_in_calls(const char* symbol) { return Ledger::the().calls(symbol); }
+int64_t stand_in_last_copy_ns() { return Ledger::the().last_copy_ns(); }
+void stand_in_fail(const char* symbol, int code, int64_t after) {
+  Ledger::the().fail(symbol, code, after);
+}
+void stand_in_block(const char* symbol, int64_t ms) { Ledger::the().block(symbol, ms); }
+void stand_in_set_call_ns(int64_t ns) { Ledger::the().call_ns = ns; }
+
+// A kernel: runs in its place in the stream.
+void stand_in_launch(Stream stream, void (*kernel)(void*), void* argument) {
+  enqueue(stream, [kernel, argument] { kernel(argument); });
+}
+
+// ---------------------------------------------------------------------------------- driver,
+// devices
+
+Result cuInit(unsigned) {
+  STAND_IN_ENTER("cuInit", false);
+  return Ledger::the().num_gpus > 0 ? kSuccess : 100;
+}
+
+Result cuDriverGetVersion(int* version) {
+  *version = Ledger::the().version;
+  return kSuccess;
+}
+
+Result cuGetErrorName(Result error, const char** text) {
+  *text = error == kOutOfMemory             ? "CUDA_ERROR_OUT_OF_MEMORY"
+          : error == kPeerAccessUnsupported ? "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"
+          : error == kNotPermitted          ? "CUDA_ERROR_NOT_PERMITTED"
+          : error == 100                    ? "CUDA_ERROR_NO_DEVICE"
+          : error == kIllegalAddress        ? "CUDA_ERROR_ILLEGAL_ADDRESS"
+                                            : "CUDA_ERROR_OF_THE_STAND_IN";
+  return kSuccess;
+}
+
+Result cuGetErrorString(Result, const char** text) {
+  *text = "as the test asked for";
+  return kSuccess;
+}
+
+Result cuDeviceGetCount(int* count) {
+  *count = Ledger::the().num_gpus;
+  return kSuccess;
+}
+
+Result cuDeviceGet(Device* device, int ordinal) {
+  STAND_IN_ENTER("cuDeviceGet", false);
+  if (ordinal < 0 || ordinal >= Ledger::the().num_gpus) return 101;
+  *device = ordinal;
+  return kSuccess;
+}
+
+Result cuDeviceGetName(char* name, int length, Device) {
+  std::strncpy(name, "Stand-in GPU", static_cast<std::size_t>(length));
+  return kSuccess;
+}
+
+Result cuDeviceGetUuid(Uuid* uuid, Device device) {
+  std::memset(uuid, device, sizeof(*uuid));
+  return kSuccess;
+}
+
+Result cuDeviceGetAttribute(int* value, int attribute, Device) {
+  STAND_IN_ENTER("cuDeviceGetAttribute", false);
+  *value = attribute == kComputeCapabilityMajor   ? 9
+           : attribute == kComputeCapabilityMinor ? 0
+           : attribute == kAsyncEngineCount       ? 3
+           : attribute == kFabricHandleSupported  ? 0
+                                                  : 1;
+  return kSuccess;
+}
+
+Result cuDeviceCanAccessPeer(int* can, Device, Device) {
+  STAND_IN_ENTER("cuDeviceCanAccessPeer", false);
+  *can = 1;
+  return kSuccess;
+}
+
+Result cuDevicePrimaryCtxRetain(Context* context, Device device) {
+  STAND_IN_ENTER("cuDevicePrimaryCtxRetain", false);
+  static ContextRecord records[64];
+  records[device].device = device;
+  *context = reinterpret_cast<Context>(&records[device]);
+  return kSuccess;
+}
+
+Result cuDevicePrimaryCtxRelease(Device) { return kSuccess; }
+
+Result cuCtxGetCurrent(Context* context) {
+  *context = has_context() ? current.back() : nullptr;
+  return kSuccess;
+}
+
+Result cuCtxSetCurrent(Context context) {
+  STAND_IN_ENTER("cuCtxSetCurrent", false);
+  if (current.empty()) current.push_back(nullptr);
+  current.back() = context;
+  return kSuccess;
+}
+
+Result cuCtxPushCurrent(Context context) {
+  current.push_back(context);
+  return kSuccess;
+}
+
+Result cuCtxPopCurrent(Context* context) {
+  if (current.empty()) return kInvalidContext;
+  *context = current.back();
+  current.pop_back();
+  return kSuccess;
+}
+
+Result cuCtxEnablePeerAccess(Context, unsigned) { return kSuccess; }
+
+// -------------------------------------------------------------------------------- streams and
+// events
+
+Result cuStreamCreate(Stream* stream, unsigned flags) {
+  STAND_IN_ENTER("cuStreamCreate", false);
+  STAND_IN_NEEDS_CONTEXT();
+  if (flags != kStreamNonBlocking) return kInvalidValue;
+  *stream = reinterpret_cast<Stream>(new StreamThread);
+  return kSuccess;
+}
+
+Result cuStreamDestroy(Stream stream) {
+  delete thread_of(stream);
+  return kSuccess;
+}
+
+Result cuStreamSynchronize(Stream stream) {
+  STAND_IN_ENTER("cuStreamSynchronize", false);
+  if (stream != nullptr) thread_of(stream)->synchronize();
+  return kSuccess;
+}
+
+Result cuStreamIsCapturing(Stream, int* status) {
+  STAND_IN_ENTER("cuStreamIsCapturing", false);
+  *status = 0;
+  return kSuccess;
+}
+
+Result cuEventCreate(EventHandle* event, unsigned) {
+  STAND_IN_NEEDS_CONTEXT();
+  *event = reinterpret_cast<EventHandle>(new EventRecord);
+  return kSuccess;
+}
+
+Result cuEventDestroy(EventHandle event) {
+  delete reinterpret_cast<EventRecord*>(event);
+  return kSuccess;
+}
+
+Result cuEventRecord(EventHandle event, Stream stream) {
+  STAND_IN_ENTER("cuEventRecord", true);
+  STAND_IN_NEEDS_CONTEXT();
+  auto* record = reinterpret_cast<EventRecord*>(event);
+  const auto point = std::make_shared<Point>();
+  {
+    const std::lock_guard<std::mutex> lock(record->mutex);
+    record->point = point;
+  }
+  enqueue(stream, [point] { point->reached.store(true); });
+  return kSuccess;
+}
+
+Result cuStreamWaitEvent(Stream stream, EventHandle event, unsigned) {
+  STAND_IN_ENTER("cuStreamWaitEvent", true);
+  STAND_IN_NEEDS_CONTEXT();
+  const auto point = reinterpret_cast<EventRecord*>(event)->latest();
+  if (point == nullptr) return kSuccess;
+  enqueue(stream, [point] {
+    while (!point->reached.load()) pause_briefly();
+  });
+  return kSuccess;
+}
+
+Result cuStreamBatchMemOp(Stream stream, unsigned count, MemOp* ops, unsigned flags) {
+  STAND_IN_ENTER("cuStreamBatchMemOp", true);
+  STAND_IN_NEEDS_CONTEXT();
+  if (count >= 256 || flags != 0) return kInvalidValue;
+  for (unsigned i = 0; i < count; ++i) {
+    const Result result =
+        enqueue_mem_op(stream, ops[i].value.operation, ops[i].value.address, ops[i].value.value);
+    if (result != kSuccess) return result;
+  }
+  return kSuccess;
+}
+
+Result cuStreamWaitValue32(Stream stream, Address address, uint32_t value, unsigned flags) {
+  STAND_IN_ENTER("cuStreamWaitValue32", true);
+  STAND_IN_NEEDS_CONTEXT();
+  return flags != kWaitAtLeast ? kInvalidValue
+                               : enqueue_mem_op(stream, kWaitValue32, address, value);
+}
+
+Result cuStreamWriteValue32(Stream stream, Address address, uint32_t value, unsigned) {
+  STAND_IN_ENTER("cuStreamWriteValue32", true);
+  STAND_IN_NEEDS_CONTEXT();
+  return enqueue_mem_op(stream, kWriteValue32, address, value);
+}
+
+// -------------------------------------------------------------------------------------------
+// copies
+
+Result cuMemcpyBatchAsync(Address* destinations, Address* sources, std::size_t* sizes,
+                          std::size_t count, CopyAttributes* attributes, std::size_t* first,
+                          std::size_t num_attributes, std::size_t* failed, Stream stream) {
+  STAND_IN_ENTER("cuMemcpyBatchAsync", true);
+  STAND_IN_NEEDS_CONTEXT();
+  if (stream == nullptr || count == 0 || num_attributes != 1 || first[0] != 0 ||
+      attributes->source_access_order != kSourceInStreamOrder) {
+    return kInvalidValue;
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    *failed = i;
+    if (sizes[i] == 0 || !may_write(destinations[i], sizes[i])) return kInvalidValue;
+  }
+  // No order inside a batch: the last comes first.
+  std::vector<Address> to(destinations, destinations + count), from(sources, sources + count);
+  std::vector<std::size_t> bytes(sizes, sizes + count);
+  enqueue(stream, [to, from, bytes] {
+    for (std::size_t i = bytes.size(); i-- > 0;) copy_now(to[i], from[i], bytes[i]);
+  });
+  Ledger::the().accepted_copy();
+  return kSuccess;
+}
+
+static Result copy_in_stream(Address destination, Address source, std::size_t bytes,
+                             Stream stream) {
+  STAND_IN_NEEDS_CONTEXT();
+  if (!may_write(destination, bytes)) return kInvalidValue;
+  enqueue(stream, [=] { copy_now(destination, source, bytes); });
+  Ledger::the().accepted_copy();
+  return kSuccess;
+}
+
+Result cuMemcpyAsync(Address destination, Address source, std::size_t bytes, Stream stream) {
+  STAND_IN_ENTER("cuMemcpyAsync", true);
+  return copy_in_stream(destination, source, bytes, stream);
+}
+
+Result cuMemcpyPeerAsync(Address destination, Context destination_context, Address source,
+                         Context source_context, std::size_t bytes, Stream stream) {
+  STAND_IN_ENTER("cuMemcpyPeerAsync", true);
+  if (destination_context == nullptr || source_context == nullptr) return kInvalidContext;
+  return copy_in_stream(destination, source, bytes, stream);
+}
+
+Result cuMemcpyHtoD(Address destination, const void* source, std::size_t bytes) {
+  STAND_IN_ENTER("cuMemcpyHtoD", false);
+  STAND_IN_NEEDS_CONTEXT();
+  if (!may_write(destination, bytes)) return kInvalidValue;
+  copy_now(destination, reinterpret_cast<Address>(source), bytes);
+  return kSuccess;
+}
+
+Result cuMemcpyDtoH(void* destination, Address source, std::size_t bytes) {
+  STAND_IN_NEEDS_CONTEXT();
+  if (!may_write(source, bytes)) return kInvalidValue;
+  copy_now(reinterpret_cast<Address>(destination), source, bytes);
+  return kSuccess;
+}
+
+// -------------------------------------------------------------------------------------------
+// memory
+
+Result cuMemAlloc(Address* address, std::size_t bytes) {
+  STAND_IN_ENTER("cuMemAlloc", false);
+  STAND_IN_NEEDS_CONTEXT();
+  const int fd = Memory::make_fd(bytes);
+  void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (fd < 0 || mapped == MAP_FAILED) return kOutOfMemory;
+  *address = reinterpret_cast<Address>(mapped);
+  Memory::the().add(*address, Block{bytes, fd, true});
+  return kSuccess;
+}
+
+Result cuMemFree(Address address) {
+  Block block;
+  if (!Memory::the().take(address, block)) return kInvalidValue;
+  munmap(reinterpret_cast<void*>(address), block.bytes);
+  close(block.fd);
+  return kSuccess;
+}
+
+struct IpcContent {
+  int pid;
+  int fd;
+  std::size_t bytes;
+};
+
+Result cuIpcGetMemHandle(IpcHandle* handle, Address address) {
+  STAND_IN_ENTER("cuIpcGetMemHandle", false);
+  const int fd = Memory::the().fd_of(address);
+  if (fd < 0) return kInvalidValue;
+  std::memset(handle, 0, sizeof(*handle));
+  const IpcContent content{getpid(), fd, static_cast<std::size_t>(lseek(fd, 0, SEEK_END))};
+  std::memcpy(handle, &content, sizeof(content));
+  return kSuccess;
+}
+
+Result cuIpcOpenMemHandle(Address* address, IpcHandle handle, unsigned flags) {
+  STAND_IN_ENTER("cuIpcOpenMemHandle", false);
+  STAND_IN_NEEDS_CONTEXT();
+  IpcContent content;
+  std::memcpy(&content, &handle, sizeof(content));
+  if (flags != kIpcLazyPeerAccess || content.pid == getpid()) return kInvalidContext;
+  const std::string path =
+      "/proc/" + std::to_string(content.pid) + "/fd/" + std::to_string(content.fd);
+  FILE* file = fopen(path.c_str(), "r+");
+  if (file == nullptr) return kNotPermitted;
+  void* mapped = mmap(nullptr, content.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fileno(file), 0);
+  fclose(file);
+  if (mapped == MAP_FAILED) return kOutOfMemory;
+  *address = reinterpret_cast<Address>(mapped);
+  Memory::the().add(*address, Block{content.bytes, -1, true});
+  return kSuccess;
+}
+
+Result cuIpcCloseMemHandle(Address address) {
+  Block block;
+  if (!Memory::the().take(address, block)) return kInvalidValue;
+  munmap(reinterpret_cast<void*>(address), block.bytes);
+  return kSuccess;
+}
+
+// Shared pages get a second address; private ones keep theirs.
+Result cuMemHostRegister(void* address, std::size_t bytes, unsigned) {
+  STAND_IN_ENTER("cuMemHostRegister", false);
+  STAND_IN_NEEDS_CONTEXT();
+  Memory::the().add(reinterpret_cast<Address>(address), Block{bytes, -1, false});
+  return kSuccess;
+}
+
+static std::mutex aliases_mutex;
+static std::map<void*, std::pair<void*, std::size_t>> aliases;
+
+Result cuMemHostGetDevicePointer(Address* device, void* host, unsigned) {
+  STAND_IN_ENTER("cuMemHostGetDevicePointer", false);
+  Block block;
+  if (!Memory::the().take(reinterpret_cast<Address>(host), block)) return kInvalidValue;
+  void* alias = mremap(host, 0, block.bytes, MREMAP_MAYMOVE);
+  if (alias == MAP_FAILED) alias = host;
+  *device = reinterpret_cast<Address>(alias);
+  Memory::the().add(*device, Block{block.bytes, -1, true});
+  const std::lock_guard<std::mutex> lock(aliases_mutex);
+  aliases[host] = {alias, block.bytes};
+  return kSuccess;
+}
+
+Result cuMemHostUnregister(void* host) {
+  const std::lock_guard<std::mutex> lock(aliases_mutex);
+  const auto found = aliases.find(host);
+  if (found == aliases.end()) return kInvalidValue;
+  Block block;
+  Memory::the().take(reinterpret_cast<Address>(found->second.first), block);
+  if (found->second.first != host) munmap(found->second.first, found->second.second);
+  aliases.erase(found);
+  return kSuccess;
+}
+
+Result cuMemGetAllocationGranularity(std::size_t* bytes, const AllocationProperties*, int) {
+  *bytes = kPage;
+  return kSuccess;
+}
+
+Result cuMemCreate(AllocationHandle* handle, std::size_t bytes,
+                   const AllocationProperties* properties, unsigned long long) {
+  STAND_IN_ENTER("cuMemCreate", false);
+  if (bytes % kPage != 0 || properties->location.type != kLocationDevice) return kInvalidValue;
+  const int fd = Memory::make_fd(bytes);
+  if (fd < 0) return kOutOfMemory;
+  *handle = static_cast<AllocationHandle>(fd) + 1;
+  return kSuccess;
+}
+
+Result cuMemRelease(AllocationHandle handle) {
+  close(static_cast<int>(handle) - 1);
+  return kSuccess;
+}
+
+Result cuMemExportToShareableHandle(void* shareable, AllocationHandle handle, int type,
+                                    unsigned long long) {
+  STAND_IN_ENTER("cuMemExportToShareableHandle", false);
+  if (type != kHandlePosix) return kNotSupported;
+  *static_cast<int*>(shareable) = dup(static_cast<int>(handle) - 1);
+  return kSuccess;
+}
+
+Result cuMemImportFromShareableHandle(AllocationHandle* handle, void* shareable, int type) {
+  STAND_IN_ENTER("cuMemImportFromShareableHandle", false);
+  const int fd = dup(static_cast<int>(reinterpret_cast<std::intptr_t>(shareable)));
+  if (type != kHandlePosix || fd < 0) return kInvalidHandle;
+  *handle = static_cast<AllocationHandle>(fd) + 1;
+  return kSuccess;
+}
+
+Result cuMemAddressReserve(Address* address, std::size_t bytes, std::size_t, Address,
+                           unsigned long long) {
+  STAND_IN_ENTER("cuMemAddressReserve", false);
+  void* reserved = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (reserved == MAP_FAILED) return kOutOfMemory;
+  *address = reinterpret_cast<Address>(reserved);
+  return kSuccess;
+}
+
+Result cuMemAddressFree(Address address, std::size_t bytes) {
+  munmap(reinterpret_cast<void*>(address), bytes);
+  return kSuccess;
+}
+
+Result cuMemMap(Address address, std::size_t bytes, std::size_t, AllocationHandle handle,
+                unsigned long long) {
+  STAND_IN_ENTER("cuMemMap", false);
+  void* mapped = mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED,
+                      static_cast<int>(handle) - 1, 0);
+  if (mapped == MAP_FAILED) return kInvalidValue;
+  Memory::the().add(address, Block{bytes, -1, false});
+  return kSuccess;
+}
+
+Result cuMemUnmap(Address address, std::size_t bytes) {
+  Block block;
+  if (!Memory::the().take(address, block)) return kInvalidValue;
+  mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED,
+       -1, 0);
+  return kSuccess;
+}
+
+Result cuMemSetAccess(Address address, std::size_t bytes, const AccessDescription* access,
+                      std::size_t) {
+  STAND_IN_ENTER("cuMemSetAccess", false);
+  if (access->flags != kAccessReadWrite) return kInvalidValue;
+  if (mprotect(reinterpret_cast<void*>(address), bytes, PROT_READ | PROT_WRITE) != 0) {
+    return kInvalidValue;
+  }
+  Memory::the().set_open(address, true);
+  return kSuccess;
+}
+
+Result cuGetProcAddress(const char* symbol, void** function, int version, unsigned long long);
+
+}  // extern "C"
+
+namespace {
+
+struct Export {
+  const char* symbol;
+  void* function;
+  int since;  // the CUDA version that brought it
+};
+
+#define STAND_IN_EXPORT(symbol, since) \
+  Export { #symbol, reinterpret_cast<void*>(&symbol), since }
+
+const Export kExports[] = {
+    STAND_IN_EXPORT(cuInit, 2000),
+    STAND_IN_EXPORT(cuDriverGetVersion, 2020),
+    STAND_IN_EXPORT(cuGetErrorName, 6000),
+    STAND_IN_EXPORT(cuGetErrorString, 6000),
+    STAND_IN_EXPORT(cuDeviceGetCount, 2000),
+    STAND_IN_EXPORT(cuDeviceGet, 2000),
+    STAND_IN_EXPORT(cuDeviceGetName, 2000),
+    STAND_IN_EXPORT(cuDeviceGetUuid, 9020),
+    STAND_IN_EXPORT(cuDeviceGetAttribute, 2000),
+    STAND_IN_EXPORT(cuDeviceCanAccessPeer, 4000),
+    STAND_IN_EXPORT(cuDevicePrimaryCtxRetain, 7000),
+    STAND_IN_EXPORT(cuDevicePrimaryCtxRelease, 7000),
+    STAND_IN_EXPORT(cuCtxGetCurrent, 4000),
+    STAND_IN_EXPORT(cuCtxSetCurrent, 4000),
+    STAND_IN_EXPORT(cuCtxPushCurrent, 4000),
+    STAND_IN_EXPORT(cuCtxPopCurrent, 4000),
+    STAND_IN_EXPORT(cuCtxEnablePeerAccess, 4000),
+    STAND_IN_EXPORT(cuStreamCreate, 2000),
+    STAND_IN_EXPORT(cuStreamDestroy, 4000),
+    STAND_IN_EXPORT(cuStreamSynchronize, 2000),
+    STAND_IN_EXPORT(cuStreamIsCapturing, 10000),
+    STAND_IN_EXPORT(cuStreamWaitEvent, 3020),
+    STAND_IN_EXPORT(cuEventCreate, 2000),
+    STAND_IN_EXPORT(cuEventDestroy, 4000),
+    STAND_IN_EXPORT(cuEventRecord, 2000),
+    STAND_IN_EXPORT(cuStreamBatchMemOp, 11070),
+    STAND_IN_EXPORT(cuStreamWaitValue32, 11070),
+    STAND_IN_EXPORT(cuStreamWriteValue32, 11070),
+    STAND_IN_EXPORT(cuMemcpyBatchAsync, 12080),
+    STAND_IN_EXPORT(cuMemcpyAsync, 4000),
+    STAND_IN_EXPORT(cuMemcpyPeerAsync, 4000),
+    STAND_IN_EXPORT(cuMemcpyHtoD, 3020),
+    STAND_IN_EXPORT(cuMemcpyDtoH, 3020),
+    STAND_IN_EXPORT(cuMemAlloc, 3020),
+    STAND_IN_EXPORT(cuMemFree, 3020),
+    STAND_IN_EXPORT(cuIpcGetMemHandle, 4010),
+    STAND_IN_EXPORT(cuIpcOpenMemHandle, 4010),
+    STAND_IN_EXPORT(cuIpcCloseMemHandle, 4010),
+    STAND_IN_EXPORT(cuMemHostRegister, 4000),
+    STAND_IN_EXPORT(cuMemHostUnregister, 4000),
+    STAND_IN_EXPORT(cuMemHostGetDevicePointer, 3020),
+    STAND_IN_EXPORT(cuMemGetAllocationGranularity, 10020),
+    STAND_IN_EXPORT(cuMemCreate, 10020),
+    STAND_IN_EXPORT(cuMemRelease, 10020),
+    STAND_IN_EXPORT(cuMemExportToShareableHandle, 10020),
+    STAND_IN_EXPORT(cuMemImportFromShareableHandle, 10020),
+    STAND_IN_EXPORT(cuMemAddressReserve, 10020),
+    STAND_IN_EXPORT(cuMemAddressFree, 10020),
+    STAND_IN_EXPORT(cuMemMap, 10020),
+    STAND_IN_EXPORT(cuMemUnmap, 10020),
+    STAND_IN_EXPORT(cuMemSetAccess, 10020),
+};
+
+}  // namespace
+
+extern "C" Result cuGetProcAddress(const char* symbol, void** function, int version,
+                                   unsigned long long) {
+  for (const Export& known : kExports) {
+    if (std::strcmp(known.symbol, symbol) != 0) continue;
+    if (known.since > version || known.since > Ledger::the().version) break;
+    *function = known.function;
+    return kSuccess;
+  }
+  *function = nullptr;
+  return kNotFound;
+}
