@@ -390,6 +390,7 @@ class Balancer:
     def lane_stats(self) -> dict[str, int]:
         """Since construction: bytes pushed (rows, weights, returns, grads), copies, CPU ns."""
         stats = self.domain.core.stats()
+        stats.pop("last_accepted_ns")
         return {name: value - self._stats_at_start[name] for name, value in stats.items()}
 
     # ------------------------------------------------------------------------------- arguments

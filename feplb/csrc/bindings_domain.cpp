@@ -177,6 +177,7 @@ py::dict lane_stats(const Domain& domain) {
   result["returns_bytes"] = stats.bytes[kReturnsRegion];
   result["grads_bytes"] = stats.bytes[kGradsRegion];
   result["copies"] = stats.copies;
+  result["last_accepted_ns"] = stats.last_accepted_ns;
   result["copy_thread_cpu_ns"] = domain.copy_thread_cpu_ns();
   return result;
 }

@@ -353,6 +353,7 @@ void Mover::submit(const std::vector<const Push*>& pushes, Event ready) {
     }
     device_.copy_batch(first.stream, copies);
   }
+  last_accepted_ = Clock::now();
   if (fence_on(Fence::kFlagAfterData)) write_flags(pushes);
 }
 
@@ -368,6 +369,9 @@ void Mover::count(const std::vector<Push>& pushes) {
     for (const CopyOp& copy : push.copies) stats_.bytes[push.region] += copy.bytes;
     stats_.copies += push.copies.size();
   }
+  using std::chrono::nanoseconds;
+  stats_.last_accepted_ns =
+      std::chrono::duration_cast<nanoseconds>(last_accepted_.time_since_epoch()).count();
 }
 
 PushStats Mover::stats() const {

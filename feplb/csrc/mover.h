@@ -46,6 +46,7 @@ struct Agreement {
 struct PushStats {
   uint64_t bytes[kNumRegions] = {0, 0, 0, 0};  // by the region they went into
   uint64_t copies = 0;
+  int64_t last_accepted_ns = 0;  // when the device had taken the latest copies (steady clock)
 };
 
 class Mover {
@@ -122,6 +123,7 @@ class Mover {
   std::vector<uint64_t> last_use_;  // [num_ranks][kNumRegions][kNumHalves]
   Event last_push_[kNumRegions][kNumHalves];
   PushStats stats_;
+  TimePoint last_accepted_;  // the thread's that submits
   std::atomic<bool> planned_{false};
   std::atomic<int> submitted_level_{0};
   std::atomic<bool> in_driver_{false};  // set under mutex_

@@ -11,15 +11,24 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <sstream>
 #include <string>
 #include <thread>
+#include <vector>
 
 namespace stand_in {
 
 using Clock = std::chrono::steady_clock;
+
+// One call that submitted work: when it returned (steady clock), on which thread, which.
+struct Submission {
+  int64_t end_ns;
+  int64_t thread;
+  char symbol[32];
+};
 
 struct Failing {
   int code = 0;
@@ -55,12 +64,17 @@ class Ledger {
       while (Clock::now() < end) {
       }
     }
+    if (submits && code == 0) note(symbol);
     return code;
   }
 
-  // The latest submission of a copy has been accepted.
-  void accepted_copy() { last_copy_ns_.store(Clock::now().time_since_epoch().count()); }
-  int64_t last_copy_ns() const { return last_copy_ns_.load(); }
+  // What has been submitted since this was asked last.
+  std::vector<Submission> take_log() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<Submission> taken;
+    taken.swap(log_);
+    return taken;
+  }
 
   int64_t calls(const std::string& symbol) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -97,6 +111,16 @@ class Ledger {
     }
   }
 
+  void note(const char* symbol) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (log_.size() >= kMostLogged) return;
+    Submission entry{};
+    entry.end_ns = Clock::now().time_since_epoch().count();
+    entry.thread = static_cast<int64_t>(std::hash<std::thread::id>()(std::this_thread::get_id()));
+    std::strncpy(entry.symbol, symbol, sizeof(entry.symbol) - 1);
+    log_.push_back(entry);
+  }
+
   static std::string text(const char* name) {
     const char* value = std::getenv(name);
     return value == nullptr ? "" : value;
@@ -106,11 +130,12 @@ class Ledger {
     return value.empty() ? otherwise : std::stoll(value);
   }
 
+  static constexpr std::size_t kMostLogged = 1 << 16;
   std::mutex mutex_;
+  std::vector<Submission> log_;
   std::map<std::string, int64_t> calls_;
   std::map<std::string, Failing> failing_;
   std::map<std::string, int64_t> blocking_;
-  std::atomic<int64_t> last_copy_ns_{0};
 };
 
 }  // namespace stand_in

@@ -2,6 +2,7 @@
 // strict where the real one is. It writes down what it is asked, fails and blocks where it is told
 // to (ledger.h), and costs what a call costs. A shared library of its own, opened in libcuda's
 // place.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <vector>
@@ -89,7 +90,13 @@ int feplb_driver_stand_in = 1;
 // benches
 
 int64_t stand_in_calls(const char* symbol) { return Ledger::the().calls(symbol); }
-int64_t stand_in_last_copy_ns() { return Ledger::the().last_copy_ns(); }
+// Moves at most `most` submissions into `out`, oldest first; returns how many.
+int64_t stand_in_take_log(Submission* out, int64_t most) {
+  const std::vector<Submission> log = Ledger::the().take_log();
+  const auto count = std::min(most, static_cast<int64_t>(log.size()));
+  std::copy_n(log.begin(), count, out);
+  return count;
+}
 void stand_in_fail(const char* symbol, int code, int64_t after) {
   Ledger::the().fail(symbol, code, after);
 }
@@ -313,7 +320,6 @@ Result cuMemcpyBatchAsync(Address* destinations, Address* sources, std::size_t* 
   enqueue(stream, [to, from, bytes] {
     for (std::size_t i = bytes.size(); i-- > 0;) copy_now(to[i], from[i], bytes[i]);
   });
-  Ledger::the().accepted_copy();
   return kSuccess;
 }
 
@@ -322,7 +328,6 @@ static Result copy_in_stream(Address destination, Address source, std::size_t by
   STAND_IN_NEEDS_CONTEXT();
   if (!may_write(destination, bytes)) return kInvalidValue;
   enqueue(stream, [=] { copy_now(destination, source, bytes); });
-  Ledger::the().accepted_copy();
   return kSuccess;
 }
 
