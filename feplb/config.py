@@ -9,7 +9,8 @@ policy into ``none``; ``FEPLB_DOMAIN`` names the domain of this rank where its h
 do (containers that share a host but no memory); ``FEPLB_LIBCUDA`` the driver's library where it is
 not ``libcuda.so.1``. Any other ``FEPLB_*`` variable is an error: a
 misspelt switch must not pass silently. Of CUDA's own, ``CUDA_DEVICE_MAX_CONNECTIONS`` and
-``CUDA_DEVICE_MAX_COPY_CONNECTIONS`` (``check_queues``).
+``CUDA_DEVICE_MAX_COPY_CONNECTIONS`` (``check_queues``); for ``feplb doctor`` also
+``CUDA_VISIBLE_DEVICES`` and torch's ``PYTORCH_ALLOC_CONF`` (or ``PYTORCH_CUDA_ALLOC_CONF``).
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 LANES = ("auto", "host", "ce")
 COPY_CALLS = ("auto", "batch", "peer", "plain")
@@ -48,6 +51,8 @@ class Environment:
     cuda_connections: str | None
     cuda_copy_connections: str | None
     cuda_library: str | None
+    cuda_visible_devices: str | None
+    alloc_conf: str | None
 
 
 def read_environment() -> Environment:
@@ -78,6 +83,8 @@ def read_environment() -> Environment:
         cuda_connections=os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"),
         cuda_copy_connections=os.environ.get("CUDA_DEVICE_MAX_COPY_CONNECTIONS"),
         cuda_library=os.environ.get("FEPLB_LIBCUDA"),
+        cuda_visible_devices=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        alloc_conf=os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF")),
     )
 
 
