@@ -1,12 +1,14 @@
-"""The command feplb. `feplb simulate` answers: what would it bring me?
+"""The command feplb. `feplb doctor` says what this machine and job can do.
 
-It needs no GPU and no run: a workload's or a recorded trace's counts go through the planner and the
-cost model. Every time it prints is modelled, and the constants stand above it.
+`feplb simulate` answers: what would it bring me? It needs no GPU and no run: a workload's or a
+recorded trace's counts go through the planner and the cost model. Every time it prints is modelled,
+and the constants stand above it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -23,27 +25,66 @@ from feplb.scheduler.traces import read_trace
 from feplb.scheduler.what_if import Answer, Question, StepShape, answer
 
 WIDTH = 100
+NO_GO = 1  # exit status of doctor
 WRONG_INPUT = 2  # exit status, as argparse's
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0, or 2 with one sentence on stderr where the input is wrong."""
+    """Run the command; 0, or 2 with one sentence on stderr where the input is wrong.
+
+    doctor: 1 where the lane that it judges for does not work here.
+    """
     options = _parser().parse_args(arguments)
     try:
-        lines = _paper_lines(options) if options.paper else _simulate_lines(options)
+        status, lines = options.run(options)
     except (ValueError, OSError) as error:
-        print(f"feplb simulate: {error}", file=sys.stderr)
+        print(f"feplb {options.command}: {error}", file=sys.stderr)
         return WRONG_INPUT
     print("\n".join(lines))
-    return 0
+    return int(status)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="feplb", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    simulate = commands.add_parser(
-        "simulate", help="what would balancing bring? modelled", description=__doc__
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    _add_doctor(commands.add_parser("doctor", help="what can this machine and job do?"))
+    _add_simulate(
+        commands.add_parser(
+            "simulate", help="what would balancing bring? modelled", description=__doc__
+        )
     )
+    return parser
+
+
+def _add_doctor(doctor: argparse.ArgumentParser) -> None:
+    doctor.description = "Exit status 0: go; 1: the lane does not work here; 2: bad usage."
+    add = doctor.add_argument
+    add("--lane", choices=["host", "ce"], help="judge for it; left out: ce where a GPU is here")
+    add("--arena-mib", type=float, metavar="N", help="of one rank: print(balancer.memory)")
+    add("--ranks", type=int, metavar="N", help="of this host; left out: one per GPU, or 2")
+    add("--json", action="store_true", help="the findings as JSON")
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> tuple[int, list[str]]:
+    from feplb.observe.doctor import judge
+    from feplb.observe.facts import Question, read_facts
+
+    for name, value in (("--arena-mib", options.arena_mib), ("--ranks", options.ranks)):
+        if value is not None and not 1 <= value < MIB**2:
+            raise ValueError(f"{name} {value}, expected 1 or more")
+    arena = None if options.arena_mib is None else int(options.arena_mib * MIB)
+    question = Question(lane=options.lane, arena_bytes=arena, ranks=options.ranks)
+    report = judge(read_facts(), question)
+    status = 0 if report.verdict == "go" else NO_GO
+    return status, [json.dumps(report.as_json(), indent=1)] if options.json else report.lines()
+
+
+def _simulate(options: argparse.Namespace) -> tuple[int, list[str]]:
+    return 0, _paper_lines(options) if options.paper else _simulate_lines(options)
+
+
+def _add_simulate(simulate: argparse.ArgumentParser) -> None:
     add = simulate.add_argument
     add("source", nargs="?", default="calibrated", metavar="TRACE|WORKLOAD",
         help=f"a file of recorded routing, or one of {', '.join(without_trace())}")  # fmt: skip
@@ -65,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--experts-share", type=float, metavar="PCT",
         help="of a step that is spent in experts, instead of --layers and --rest-ms")  # fmt: skip
     add("--paper", action="store_true", help="arXiv 2604.19654's layer times beside the model's")
-    return parser
+    simulate.set_defaults(run=_simulate)
 
 
 # ------------------------------------------------------------------------------ what would it bring
