@@ -64,6 +64,19 @@ def test_every_finding_says_what_was_seen_and_what_to_do() -> None:
         assert finding.verdict == "go" or finding.means.endswith(".")
 
 
+def test_the_page_names_every_finding() -> None:
+    page = (ROOT / "docs/doctor.md").read_text()
+    rooms = (ROOT / "feplb/observe").glob("*_findings.py")
+    written = "".join(path.read_text() for path in [*rooms, ROOT / "feplb/observe/packages.py"])
+    for name in re.findall(r"^\| ([^|`]+) \|", page, re.MULTILINE)[1:]:
+        assert all(f'"{part}"' in written for part in name.split(", ")), name
+    shown = {
+        each.name for facts in (node(), cpu_machine()) for each in judge(facts, Question()).findings
+    }
+    assert all(name in page for name in shown)
+    assert page.count("\n") <= 60
+
+
 def test_a_screen_of_100_columns_holds_it() -> None:
     bad = node(core=CudaCore(failing=dict.fromkeys(TRIALS, "refused " * 30)))
     for facts in (node(), cpu_machine(), bad):

@@ -78,6 +78,15 @@ def test_a_lost_gpu() -> None:
     assert (first.verdict, "GPU 2): error 15" in first.seen) == ("no-go", True)
 
 
+def test_troubles_of_gpus_outside_the_job_stop_nothing() -> None:
+    # The job sees GPU 0 and 1; GPU 2 is lost, GPU 3 cut.
+    refuse: dict[str, Any] = {"nvmlDeviceGetHandleByIndex": lambda gpu: GPU_LOST * (gpu == 2)}
+    facts = node(nvml=Nvml(num_gpus=4, refuse=refuse, mig={3}), core=CudaCore([0, 1]))
+    report = judge(facts, Question())
+    assert report.verdict == "go"
+    assert [each.verdict for each in report.findings if each.name == "GPUs"] == ["note", "go"]
+
+
 def test_ipc_refused_in_a_container() -> None:
     denied = {"vmm": "Operation not permitted", "cuda_ipc": "invalid resource handle"}
     report = judge(node(core=CudaCore(failing=denied)), Question())

@@ -116,7 +116,7 @@ def _torch_cuda(facts: Facts, lane: str) -> Finding:
             "Install a torch that is built for CUDA.",
         )
     if not torch.cuda_problem:
-        return go("torch and CUDA", f"torch sees {len(torch.uuids)} GPUs with CUDA {torch.cuda}")
+        return go("torch and CUDA", f"torch sees GPUs: {len(torch.uuids)}, with CUDA {torch.cuda}")
     needs = tuple(int(part) for part in torch.cuda.split(".")[:2])
     if cuda is not None and cuda < needs:
         advice = f"Install a driver that brings CUDA {torch.cuda}, or a torch built for {cuda[0]}."
@@ -137,8 +137,10 @@ def _torch_cuda(facts: Facts, lane: str) -> Finding:
 def _gpus(facts: Facts, lane: str) -> Iterator[Finding]:
     lost = [gpu.problem for gpu in facts.topology.gpus if gpu.problem]
     if lost:
+        job = facts.job_gpus
+        in_job = len(job) < len(facts.visible) or any(facts.topology.gpus[at].problem for at in job)
         yield no_go_if(
-            lane == "ce",
+            lane == "ce" and in_job,
             "GPUs",
             names(lost, 2),
             "A GPU that NVML cannot reach cannot be used.",
@@ -168,7 +170,7 @@ def _gpus(facts: Facts, lane: str) -> Iterator[Finding]:
 
 
 def _mig(facts: Facts, lane: str) -> Iterator[Finding]:
-    cut = [f"GPU {at}" for at, gpu in enumerate(facts.topology.gpus) if gpu.mig]
+    cut = [f"GPU {at}" for at in facts.job_gpus if facts.topology.gpus[at].mig]
     mask = facts.environment.cuda_visible_devices if facts.environment else None
     if cut or "MIG-" in (mask or ""):
         yield no_go_if(
@@ -280,10 +282,9 @@ def _queues(facts: Facts, lane: str) -> Finding:
     try:
         check_queues(environment, BalancerConfig())
     except ValueError as error:
-        means, _, advice = str(error).partition(". ")
-        return no_go_if(
-            lane == "ce", "queues", "CUDA_DEVICE_MAX_CONNECTIONS=1", f"{means}.", advice
-        )
+        seen, _, advice = str(error).partition(". ")
+        means = "Copies would wait behind kernels, and little be gained."
+        return no_go_if(lane == "ce", "queues", seen, means, advice)
     values = {
         "CUDA_DEVICE_MAX_CONNECTIONS": environment.cuda_connections,
         "CUDA_DEVICE_MAX_COPY_CONNECTIONS": environment.cuda_copy_connections,
