@@ -43,13 +43,13 @@ class CudaCore(SimpleNamespace):
     def __init__(
         self, gpus: Sequence[int] = range(8), *, driver: int = 12080,
         no_access: Sequence[tuple[int, int]] = (), failing: Mapping[str, str] | None = None,
-        engines: int = 3, broken: str = "",
+        engines: int = 3, fabric: bool = False, broken: str = "",
     ) -> None:  # fmt: skip
         super().__init__(**{
             name: getattr(_core, name)
             for name in ("SharedMemory", "PlanLimits", "make_plan", "board_bytes")
         })  # fmt: skip
-        self.gpus, self.driver, self.engines = gpus, driver, engines
+        self.gpus, self.driver, self.engines, self.fabric = gpus, driver, engines, fabric
         self.no_access, self.failing, self.broken = no_access, failing or {}, broken
 
     def cuda_facts(self) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class CudaCore(SimpleNamespace):
             raise RuntimeError(self.broken)
         some = range(len(self.gpus))
         device = {"name": "NVIDIA H100", "compute_capability": (9, 0), "vmm": True}
-        device |= {"async_engines": self.engines, "posix_fd": True, "fabric": False}
+        device |= {"async_engines": self.engines, "posix_fd": True, "fabric": self.fabric}
         return {
             "driver": self.driver,
             "devices": [{**device, "uuid": UUIDS[gpu]} for gpu in self.gpus],

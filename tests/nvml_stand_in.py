@@ -40,6 +40,7 @@ class Nvml:
     links: dict[int, list[Any]] = field(default_factory=dict)
     p2p: dict[tuple[int, int], int] = field(default_factory=dict)
     mig: set[int] = field(default_factory=set)
+    capability: tuple[int, int] = (9, 0)
     fabric: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
     refuse: dict[str, int | Callable[..., int]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
@@ -99,7 +100,7 @@ class Nvml:
         return SimpleNamespace(total=80 << 30, free=79 << 30)
 
     def answer_DeviceGetCudaComputeCapability(self, gpu: int) -> tuple[int, int]:  # noqa: N802
-        return (9, 0)
+        return self.capability
 
     def answer_DeviceGetMigMode(self, gpu: int) -> list[int]:  # noqa: N802
         return [int(gpu in self.mig)] * 2

@@ -232,6 +232,8 @@ def test_everything_is_read_with_stand_ins() -> None:
     assert facts.core.cuda is not None
     assert len(facts.core.cuda.devices) == 8
     assert facts.environment == config.read_environment()
+    if facts.torch.cuda is None:
+        assert (facts.torch.uuids, facts.torch.cuda_problem) == ((), "")
 
 
 def test_every_public_name_is_loaded_when_used() -> None:

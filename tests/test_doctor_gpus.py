@@ -14,6 +14,7 @@ from doctor_cases import (
     CudaCore,
     check,
     cpu_machine,
+    found,
     node,
 )
 from nvml_stand_in import GPU_LOST, Nvml
@@ -71,6 +72,29 @@ def test_nvml_that_says_nothing_is_no() -> None:
     check(judge(facts, Question()), "NVLink", "no-go", "unknown", "counts as no", "feplb[gpu]")
 
 
+def test_nvml_that_says_nothing_stops_neither_one_gpu_nor_named_domains() -> None:
+    silent = Nvml(refuse={"nvmlInit": 12})
+    named = node(nvml=silent, environment={"domain": "left"})
+    check(judge(named, Question()), "NVLink", "note", "unknown")
+    one = node(nvml=silent, core=CudaCore([0]), machine=replace(GPU_NODE, gpu_nodes=1))
+    check(judge(one, Question()), "NVLink", "note", "unknown")
+    check(judge(node(nvml=silent), Question(lane="host")), "NVLink", "note", "unknown")
+
+
+def test_gpus_before_hopper_are_noted() -> None:
+    facts = node(nvml=Nvml(num_gpus=8, capability=(8, 0)))
+    check(judge(facts, Question()), "GPUs", "note", "compute capability 8.0. The", "Hopper (9.0)")
+    refuse = {"nvmlDeviceGetCudaComputeCapability": 999}
+    unknown = node(nvml=Nvml(num_gpus=8, refuse=refuse))
+    check(judge(unknown, Question()), "GPUs", "go", "compute capability unknown")
+
+
+def test_a_toolkit_is_shown_and_not_needed() -> None:
+    check(judge(node(), Question()), "CUDA toolkit", "go", "no nvcc. feplb needs none")
+    machine = replace(GPU_NODE, nvcc="12.8")
+    check(judge(node(machine=machine), Question()), "CUDA toolkit", "go", "nvcc 12.8")
+
+
 def test_a_lost_gpu() -> None:
     lost = Nvml(num_gpus=8, refuse={"nvmlDeviceGetHandleByIndex": lambda g: GPU_LOST * (g == 2)})
     report = judge(node(nvml=lost), Question())
@@ -93,6 +117,12 @@ def test_ipc_refused_in_a_container() -> None:
     check(report, "shared arena", "no-go", "refused both ways",
           "VMM: cuda:0: Operation not permitted", "CUDA IPC: cuda:0: invalid resource handle",
           "--ipc=host --pid=host")  # fmt: skip
+
+
+def test_fabric_handles_are_told() -> None:
+    report = judge(node(core=CudaCore(fabric=True)), Question())
+    check(report, "shared arena", "go", "Created, exported and imported. Fabric handles too.")
+    assert "Fabric" not in found(judge(node(), Question()), "shared arena").means
 
 
 def test_the_second_way_is_told() -> None:
@@ -188,11 +218,22 @@ def test_a_mask_of_one_gpu_per_rank() -> None:
     assert report.verdict == "go"
 
 
+@pytest.mark.parametrize(("mask", "num_gpus"), [("0", 1), ("0,1", 8)])
+def test_a_mask_that_hides_no_peer(mask: str, num_gpus: int) -> None:
+    core = CudaCore(range(len(mask.split(","))))
+    facts = node(
+        core=core, nvml=Nvml(num_gpus=num_gpus), environment={"cuda_visible_devices": mask}
+    )
+    check(judge(facts, Question()), "visible GPUs", "go", f"CUDA_VISIBLE_DEVICES={mask}")
+
+
 @pytest.mark.parametrize("mask", ["", "-1"])
 def test_a_mask_that_hides_every_gpu(mask: str) -> None:
     facts = node(core=CudaCore([]), environment={"cuda_visible_devices": mask})
     report = judge(facts, Question())
     check(report, "visible GPUs", "no-go", "It hides every GPU. Unset it.")
+    check(report, "GPU trials", "no-go", "CUDA shows this process no GPU")
+    assert judge(facts, Question(lane="host")).verdict == "go"
 
 
 def test_too_little_gpu_memory_for_the_arena() -> None:
@@ -227,6 +268,9 @@ def test_a_torch_newer_than_the_driver() -> None:
     torch = TorchFacts(version="2.13.0", cuda="13.0", cuda_problem="The NVIDIA driver is too old")
     report = judge(node(torch=torch), Question())
     check(report, "torch and CUDA", "no-go", "too old", "brings CUDA 13.0, or a torch built for 12")
+    other = TorchFacts(version="2.13.0", cuda="12.8", cuda_problem="system not yet initialized")
+    report = judge(node(torch=other), Question())
+    check(report, "torch and CUDA", "no-go", "not yet initialized", "nvidia-smi and")
 
 
 def test_a_driver_that_gave_this_container_no_gpu() -> None:
@@ -239,7 +283,7 @@ def test_a_driver_nobody_can_ask() -> None:
     facts = cpu_machine(machine=GPU_NODE)
     report = judge(facts, Question())
     assert report.lane == "ce"
-    check(report, "driver", "no-go", "its CUDA is unknown", "nvidia-smi")
+    check(report, "driver", "no-go", "its CUDA is unknown: NVML does not start", "nvidia-smi")
     check(report, "GPU trials", "no-go", "libcuda.so.1: cannot open")
 
 

@@ -16,6 +16,7 @@ from doctor_cases import (
     CudaCore,
     check,
     cpu_machine,
+    found,
     node,
 )
 
@@ -36,7 +37,12 @@ def test_too_little_shared_memory() -> None:
     report = judge(facts, Question(arena_bytes=20 << 20, ranks=4))
     check(report, "/dev/shm", "no-go", "4 arenas of 20 MiB and the count board need 80.0 MiB",
           "--shm-size", "lower max_rows")  # fmt: skip
-    check(judge(facts, Question(arena_bytes=15 << 20, ranks=4)), "/dev/shm", "go", "4 arenas")
+    check(
+        judge(facts, Question(arena_bytes=15 << 20, ranks=4)),
+        "/dev/shm",
+        "go",
+        "4 arenas of 15 MiB",
+    )
     # The copy-engine lane has its arenas on the GPUs.
     on_gpus = judge(node(machine=docker), Question(arena_bytes=GIB))
     check(on_gpus, "/dev/shm", "go", "count board")
@@ -53,7 +59,9 @@ def test_a_small_control_group() -> None:
     check(
         report, "memory", "no-go", "limit 2.0 GiB", "4.0 GiB", "Raise the container's memory limit"
     )
-    check(judge(facts, Question()), "memory", "go", "limit 2.0 GiB")
+    check(judge(facts, Question()), "memory", "go", "limit 2.0 GiB; 900.0 GiB available")
+    unknown = cpu_machine(machine=replace(NODE, memory_available=None))
+    check(judge(unknown, Question()), "memory", "go", "no limit", "free memory unknown")
 
 
 def test_few_cores() -> None:
@@ -154,6 +162,10 @@ def test_switches_are_shown() -> None:
 def test_torch_missing_or_too_old() -> None:
     gone = cpu_machine(torch=TorchFacts(problem="No module named 'torch'"))
     check(judge(gone, Question()), "torch", "no-go", "No module named 'torch'", "Install torch 2.8")
+    for torch, built in [(TorchFacts(version="2.13.0", cuda="13.0"), "with CUDA 13.0"),
+                         (TorchFacts(version="2.13.0", hip="7.0"), "with ROCm 7.0"),
+                         (TorchFacts(version="2.8.0"), "without CUDA")]:  # fmt: skip
+        check(judge(cpu_machine(torch=torch), Question()), "torch", "go", f"built {built}")
     old = cpu_machine(torch=TorchFacts(version="2.7.1"))
     check(judge(old, Question()), "torch", "no-go", "2.7.1. feplb needs 2.8 or newer")
 
@@ -187,6 +199,16 @@ VERSIONS = [
 @pytest.mark.parametrize(("installed", "name", "verdict", "words"), VERSIONS)
 def test_versions(installed: dict[str, str], name: str, verdict: str, words: str) -> None:
     check(judge(cpu_machine(packages=installed), Question()), name, verdict, words)
+
+
+def test_what_is_not_installed_is_listed() -> None:
+    without = found(judge(cpu_machine(packages={"triton": "3.9.0"}), Question()), "other packages")
+    assert without.seen == (
+        "triton 3.9.0; not installed: torch, megatron-core, deep_ep, transformers, cuda-bindings, "
+        "nvidia-ml-py, cupy"
+    )
+    cupy = cpu_machine(packages={"cupy-cuda12x": "14.2.0"})
+    assert "cupy" not in found(judge(cupy, Question()), "other packages").seen
 
 
 def test_the_ranges_are_those_of_the_house() -> None:

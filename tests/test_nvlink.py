@@ -31,7 +31,7 @@ def why_not(nvml: Nvml) -> str:
 def test_eight_gpus_on_switches_are_all_joined() -> None:
     topology = read_topology(nvml=Nvml(num_gpus=8))
     assert (topology.driver, topology.cuda) == ("570.86.10", (12, 8))
-    assert [gpu.uuid for gpu in topology.gpus] == UUIDS
+    assert [gpu.uuid for gpu in topology.gpus] == [gpu.asked for gpu in topology.gpus] == UUIDS
     assert len(topology.pairs) == 28
     assert {pair.by for pair in topology.pairs} == {"switch"}
     assert topology.refused == ()
@@ -48,7 +48,10 @@ def test_what_is_known_of_a_gpu() -> None:
 def test_direct_links_join_only_their_two_ends() -> None:
     # 0 = 1   2 = 3: two bridges, as on PCIe cards
     nvml = Nvml(num_gpus=4, links={0: [1, 1], 1: [0, 0], 2: [3], 3: [2, None]})
-    pairs = {(p.first, p.second): p for p in read_topology(nvml=nvml).pairs}
+    topology = read_topology(nvml=nvml)
+    pairs = {(p.first, p.second): p for p in topology.pairs}
+    assert topology.are_joined(UUIDS[3], UUIDS[2])
+    assert not topology.are_joined(UUIDS[1], UUIDS[2])
     assert {two for two, pair in pairs.items() if pair.joined} == {(0, 1), (2, 3)}
     assert pairs[0, 1].by == "link"
     assert pairs[1, 2].why_not == "their active NVLinks lead elsewhere"

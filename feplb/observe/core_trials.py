@@ -235,15 +235,16 @@ def read_torch() -> TorchFacts:
     """Load torch and, where it was built with CUDA, start that. Blocks for seconds."""
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a shared library of torch's is missing
-        return TorchFacts(problem=str(error))
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        # OSError: a shared library is missing; the last two: packages that do not fit together.
+        return TorchFacts(problem=str(error).partition("\n")[0])
     uuids: tuple[str, ...] = ()
     problem = ""
     if torch.version.cuda is not None:
         try:
             torch.cuda.init()
             devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-            uuids = tuple(str(device.uuid) for device in devices)
+            uuids = tuple(str(getattr(device, "uuid", "")) for device in devices)
         except (RuntimeError, AssertionError) as error:
             problem = str(error).partition("\n")[0]
     return TorchFacts(

@@ -194,7 +194,7 @@ def _visible(facts: Facts, lane: str) -> Iterator[Finding]:
     entries = [entry for entry in mask.split(",") if entry.strip()]
     if not entries or entries[0].strip() == "-1":
         yield no_go_if(lane == "ce", name, seen, "It hides every GPU.", "Unset it.")
-    elif facts.is_masked or (len(entries) == 1 and there > 1):
+    elif len(entries) == 1 and there > 1:
         yield note(
             name,
             seen,
