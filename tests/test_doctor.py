@@ -27,7 +27,7 @@ import feplb
 from feplb import config
 from feplb.cli import main
 from feplb.observe import facts as facts_module
-from feplb.observe import machine, processes
+from feplb.observe import findings, machine, processes
 from feplb.observe.doctor import judge
 from feplb.observe.facts import Question
 
@@ -75,6 +75,22 @@ def test_the_page_names_every_finding() -> None:
     }
     assert all(name in page for name in shown)
     assert page.count("\n") <= 60
+
+
+def test_a_report_as_text() -> None:
+    two = (
+        findings.go("cores", "96 for this process"),
+        findings.no_go("MIG", "on: GPU 2", "No peer is reached.", "Choose whole GPUs."),
+    )
+    assert findings.Report(lane="ce", because="as asked", findings=two).lines() == [
+        "feplb doctor: judged for the ce lane (as asked)",
+        "",
+        "go     cores  96 for this process",
+        "no-go  MIG    on: GPU 2. No peer is reached.",
+        "              -> Choose whole GPUs.",
+        "",
+        "no-go for the ce lane: MIG",
+    ]
 
 
 def test_a_screen_of_100_columns_holds_it() -> None:
@@ -134,6 +150,33 @@ def test_limits_of_the_older_control_groups(tmp_path: Path) -> None:
 def test_a_bare_system_has_no_limits(tmp_path: Path) -> None:
     seen = machine.read_machine(proc=tmp_path, cgroup=tmp_path, dev=tmp_path)
     assert (seen.memory_limit, seen.cpu_limit, seen.kernel_driver) == (None, None, "")
+
+
+def test_limits_of_the_process() -> None:
+    code = (
+        "import resource as r; from feplb.observe.machine import read_machine; "
+        "r.setrlimit(r.RLIMIT_NOFILE, (100, 200)); "
+        "r.setrlimit(r.RLIMIT_MEMLOCK, (65536, r.getrlimit(r.RLIMIT_MEMLOCK)[1])); "
+        "seen = read_machine(); print(seen.files_limit, seen.memlock_limit); "
+        "r.getrlimit = lambda name: (r.RLIM_INFINITY,) * 2; print(read_machine().files_limit)"
+    )
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
+    assert seen.stdout == b"100 65536\nNone\n"
+
+
+@pytest.mark.parametrize(
+    ("says", "version"),
+    [("Cuda compilation tools, release 12.8, V12.8.61", "12.8"), ("?", "of unknown version")],
+)
+def test_nvcc_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, version: str
+) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\necho '{says}'\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.read_machine().nvcc == ""  # it may not be run yet
+    nvcc.chmod(0o700)
+    assert machine.read_machine().nvcc == version
 
 
 def test_processes_are_tried_for_real() -> None:

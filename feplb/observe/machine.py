@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,16 +112,12 @@ def _disk(path: Path) -> tuple[int, int] | None:
 
 
 def _cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):
+    if hasattr(os, "sched_getaffinity"):  # Linux
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _soft_limit(name: str) -> int | None:
-    if sys.platform == "win32":
-        return None
-    import resource
-
     soft, _ = resource.getrlimit(getattr(resource, name))
     return None if soft == resource.RLIM_INFINITY else soft
 
