@@ -155,7 +155,7 @@ def _lane(arm: Arm) -> tuple[int, int]:
     if arm.balancer is None:
         return 0, 0
     stats = arm.balancer.lane_stats()
-    moved = stats["rows_bytes"] + stats["weights_bytes"] + stats["returns_bytes"] + stats["grads_bytes"]
+    moved = sum(stats[f"{what}_bytes"] for what in ("rows", "weights", "returns", "grads"))
     return moved, stats["copy_thread_cpu_ns"]
 
 

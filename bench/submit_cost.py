@@ -7,10 +7,10 @@ publish their counts and sleep; then it hands over its own, plans and submits. M
     posted -> copies  addresses handed to the mover -> the same: the C++ part
     counts -> copies  counts handed over -> the same, per policy
 
-Without a GPU the driver is a stand-in (tests/driver) whose calls cost what a real one's do (6 us, by
-default) and which runs streams as threads: the figures are those of feplb's own path plus a
-constant, and are labelled so. 8 MiB of other memory are written before every call: caches are cold,
-as they are in a model.
+Without a GPU the driver is a stand-in (tests/driver) whose calls cost what a real one's do (6 us,
+by default) and which runs streams as threads: the figures are those of feplb's own path plus a
+constant, and are labelled so. 8 MiB of other memory are written before every call: caches are
+cold, as they are in a model.
 """
 
 from __future__ import annotations
@@ -275,8 +275,8 @@ def main() -> None:
     report.table(rows)
     print()
     print(
-        f"wanted, plan to copies: p50 <= {TARGETS_US['p50']:g} us, p99 <= {TARGETS_US['p99']:g} us, "
-        f"at most {MOST_DRIVER_CALLS} driver calls"
+        f"wanted, plan to copies: p50 <= {TARGETS_US['p50']:g} us, "
+        f"p99 <= {TARGETS_US['p99']:g} us, at most {MOST_DRIVER_CALLS} driver calls"
     )
     report.write(options.json, rows)
 

@@ -171,7 +171,7 @@ class CopyEngineLane:
         from . import _core
 
         def own_uuid() -> tuple[str, list[str]]:
-            uuids = [gpu["uuid"] for gpu in _core.cuda_facts(self._library)["gpus"]]
+            uuids = [gpu["uuid"] for gpu in _core.cuda_facts(self._library)["devices"]]
             return uuids[self._ordinal], uuids
 
         said = peers.together(own_uuid)

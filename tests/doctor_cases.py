@@ -33,7 +33,8 @@ NODE = replace(GPU_NODE, gpu_nodes=0, kernel_driver="")
 ALLOWED = ProcessTrials(own_pidfd="", peer_pidfd="", peer_getfd="", passed_fd="")
 ENVIRONMENT = config.Environment(
     log_level=None, lane=None, off=False, domain=None, job_id="job", restart_count="0",
-    cuda_connections=None, cuda_copy_connections=None, cuda_visible_devices=None, alloc_conf=None,
+    cuda_connections=None, cuda_copy_connections=None, cuda_library=None,
+    cuda_visible_devices=None, alloc_conf=None,
 )  # fmt: skip
 
 
@@ -52,7 +53,7 @@ class CudaCore(SimpleNamespace):
         self.gpus, self.driver, self.engines, self.fabric = gpus, driver, engines, fabric
         self.no_access, self.failing, self.broken = no_access, failing or {}, broken
 
-    def cuda_facts(self) -> dict[str, Any]:
+    def cuda_facts(self, library: str) -> dict[str, Any]:
         if self.broken:
             raise RuntimeError(self.broken)
         some = range(len(self.gpus))
@@ -64,7 +65,7 @@ class CudaCore(SimpleNamespace):
             "peer_access": [[(a, b) not in self.no_access for b in some] for a in some],
         }
 
-    def cuda_trials(self, device: int) -> list[dict[str, Any]]:
+    def cuda_trials(self, device: int, library: str) -> list[dict[str, Any]]:
         return [
             {"name": name, "ok": name not in self.failing, "seen": self.failing.get(name, "done")}
             for name in TRIALS

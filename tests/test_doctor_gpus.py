@@ -153,7 +153,7 @@ def test_batch_copies_that_are_refused_are_told() -> None:
 
 def test_a_trial_that_was_not_made_is_no() -> None:
     core = CudaCore()
-    core.cuda_trials = lambda device: []
+    core.cuda_trials = lambda device, library: []
     report = judge(node(core=core), Question())
     check(report, "shared arena", "no-go", "vmm was not tried")
     check(report, "stream values", "no-go", "stream_values was not tried")
@@ -162,7 +162,7 @@ def test_a_trial_that_was_not_made_is_no() -> None:
 def test_trials_that_stop_are_told() -> None:
     core = CudaCore()
 
-    def stops(device: int) -> list[dict[str, Any]]:
+    def stops(device: int, library: str) -> list[dict[str, Any]]:
         raise RuntimeError("cuCtxCreate: out of memory")
 
     core.cuda_trials = stops

@@ -14,6 +14,8 @@ using cuda::DeviceArena;
 using cuda::DeviceContext;
 using cuda::Driver;
 
+constexpr const char* kDriver = "libcuda.so.1";
+
 // One rank's GPU. `peer_ordinals` [num_ranks]: the GPUs of all ranks as this process numbers them;
 // empty where it does not see them.
 class CudaLane : public LaneDoor {
@@ -72,29 +74,29 @@ class CudaLane : public LaneDoor {
 
 py::dict facts_of(const std::string& library) {
   const cuda::MachineFacts facts = cuda::read_facts(*Driver::open(library));
-  py::list gpus;
+  py::list devices, peer_access;
   for (const cuda::GpuFacts& gpu : facts.gpus) {
     py::dict entry;
-    entry["ordinal"] = gpu.ordinal;
     entry["name"] = gpu.name;
     entry["uuid"] = gpu.uuid;
     entry["compute_capability"] = py::make_tuple(gpu.capability_major, gpu.capability_minor);
     entry["async_engines"] = gpu.async_engines;
     entry["vmm"] = gpu.has_vmm;
-    entry["posix_handles"] = gpu.has_posix_handles;
-    entry["fabric_handles"] = gpu.has_fabric_handles;
-    entry["reaches"] = gpu.reaches;
-    gpus.append(std::move(entry));
+    entry["posix_fd"] = gpu.has_posix_handles;
+    entry["fabric"] = gpu.has_fabric_handles;
+    devices.append(std::move(entry));
+    peer_access.append(gpu.reaches);
   }
   py::dict result;
-  result["driver_version"] = facts.driver_version;
+  result["driver"] = facts.driver_version;
   result["is_stand_in"] = facts.is_stand_in;
   result["batch_copies"] = facts.has_batches;
-  result["gpus"] = std::move(gpus);
+  result["devices"] = std::move(devices);
+  result["peer_access"] = std::move(peer_access);
   return result;
 }
 
-py::list trials_on(const std::string& library, int ordinal) {
+py::list trials_on(int ordinal, const std::string& library) {
   std::vector<cuda::Trial> trials;
   {
     const py::gil_scoped_release release;
@@ -128,8 +130,8 @@ void bind_cuda(py::module_& module) {
       .def_property_readonly("is_stand_in", &CudaLane::is_stand_in)
       .def_property_readonly("calls", &CudaLane::calls)
       .def_property_readonly("has_vmm", &CudaLane::has_vmm);
-  module.def("cuda_facts", &facts_of, py::arg("library"));
-  module.def("cuda_trials", &trials_on, py::arg("library"), py::arg("ordinal"));
+  module.def("cuda_facts", &facts_of, py::arg("library") = kDriver);
+  module.def("cuda_trials", &trials_on, py::arg("device"), py::arg("library") = kDriver);
 }
 
 }  // namespace feplb

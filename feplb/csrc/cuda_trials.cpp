@@ -177,12 +177,12 @@ std::vector<Trial> try_out(const std::shared_ptr<const Driver>& driver, int ordi
     return std::string("primary context taken");
   });
   if (context == nullptr) return trials;
-  attempt("vmm arena", [&] { return try_vmm(context); });
-  attempt("ipc arena", [&] { return try_ipc(context); });
-  attempt("pinned board", [&] { return try_pinning(context); });
-  attempt("stream flags", [&] { return try_flags(context); });
-  attempt("plain copies", [&] { return try_copies(context, CopyCall::kPlain); });
-  attempt("batch copies",
+  attempt("vmm", [&] { return try_vmm(context); });
+  attempt("cuda_ipc", [&] { return try_ipc(context); });
+  attempt("pinned_board", [&] { return try_pinning(context); });
+  attempt("stream_values", [&] { return try_flags(context); });
+  attempt("plain_copy", [&] { return try_copies(context, CopyCall::kPlain); });
+  attempt("batch_copy",
           [&] { return try_copies(context, copy_call_from("batch", context->driver())); });
   return trials;
 }

@@ -14,13 +14,14 @@ from types import ModuleType
 from typing import Any, Protocol, cast
 
 _TRIAL_BYTES = 1 << 20
+DRIVER = "libcuda.so.1"
 
 
 class CudaTrials(Protocol):
     """What the core offers where it has the copy-engine lane."""
 
-    def cuda_facts(self) -> Mapping[str, Any]:
-        """What the driver says, without making a context.
+    def cuda_facts(self, library: str) -> Mapping[str, Any]:
+        """What the driver at ``library`` says, without making a context.
 
         Returns:
             driver: newest CUDA it brings, as 1000 x major + 10 x minor (12080);
@@ -31,11 +32,12 @@ class CudaTrials(Protocol):
             RuntimeError: no driver, or one that does not start.
         """
 
-    def cuda_trials(self, device: int) -> Sequence[Mapping[str, Any]]:
+    def cuda_trials(self, device: int, library: str) -> Sequence[Mapping[str, Any]]:
         """Try what the lane does on one device, and undo it.
 
         Returns:
-            One mapping per trial: name, ok, seen (a sentence). Names: "vmm" (arena created,
+            One mapping per trial: name, ok, seen (a sentence). Names: "context" (if it fails the
+            others are not tried), "plain_copy", "vmm" (arena created,
             exported and imported), "cuda_ipc" (the same by CUDA IPC), "pinned_board" (shared
             memory registered), "stream_values" (stream write-value and wait-value), "batch_copy".
         """
@@ -121,15 +123,18 @@ class TorchFacts:
 # ------------------------------------------------------------------------------------- the core
 
 
-def read_core(core: ModuleType | None = None) -> CoreFacts:
-    """Load the core (or take the one given) and try both lanes. Blocks for milliseconds."""
+def read_core(core: ModuleType | None = None, library: str | None = None) -> CoreFacts:
+    """Load the core (or take the one given) and try both lanes. Blocks for milliseconds.
+
+    ``library``: the CUDA driver, where it is not the system's.
+    """
     if core is None:
         try:
             from feplb import _core as core
         except ImportError as error:
             return CoreFacts(problem=str(error))
     assert core is not None
-    cuda, cuda_problem = _read_cuda(core)
+    cuda, cuda_problem = _read_cuda(core, library or DRIVER)
     return CoreFacts(
         build=str(sysconfig.get_config_var("SOABI")),
         host_lane=(
@@ -178,7 +183,7 @@ def _try_plan(core: Any) -> str:
     return "a known call planned"
 
 
-def _read_cuda(core: Any) -> tuple[CudaFacts | None, str]:
+def _read_cuda(core: Any, library: str) -> tuple[CudaFacts | None, str]:
     if not (hasattr(core, "cuda_facts") and hasattr(core, "cuda_trials")):
         return (
             None,
@@ -186,14 +191,15 @@ def _read_cuda(core: Any) -> tuple[CudaFacts | None, str]:
         )
     trials = cast("CudaTrials", core)
     try:
-        facts = trials.cuda_facts()
+        facts = trials.cuda_facts(library)
     except RuntimeError as error:
         return None, str(error)
     access = facts["peer_access"]
     return CudaFacts(
         driver=(facts["driver"] // 1000, facts["driver"] % 1000 // 10),
         devices=tuple(
-            _device(each, _trials_on(trials, index)) for index, each in enumerate(facts["devices"])
+            _device(each, _trials_on(trials, index, library))
+            for index, each in enumerate(facts["devices"])
         ),
         no_peer_access=tuple(
             (first, second)
@@ -204,9 +210,9 @@ def _read_cuda(core: Any) -> tuple[CudaFacts | None, str]:
     ), ""
 
 
-def _trials_on(core: CudaTrials, device: int) -> tuple[Trial, ...]:
+def _trials_on(core: CudaTrials, device: int, library: str) -> tuple[Trial, ...]:
     try:
-        said = core.cuda_trials(device)
+        said = core.cuda_trials(device, library)
     except RuntimeError as error:
         return (Trial(name="trials", ok=False, seen=str(error)),)
     return tuple(

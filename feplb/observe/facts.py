@@ -98,7 +98,7 @@ def read_facts(*, core: ModuleType | None = None, nvml: Any = None) -> Facts:
     return Facts(
         machine=read_machine(),
         processes=try_processes(),
-        core=read_core(core),
+        core=read_core(core, environment.cuda_library if environment else None),
         torch=read_torch(),
         topology=read_topology(nvml=nvml),
         packages=read_packages(),

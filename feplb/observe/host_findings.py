@@ -111,6 +111,7 @@ def _environment(facts: Facts) -> Iterator[Finding]:
     values = {
         "FEPLB_LANE": environment.lane,
         "FEPLB_DOMAIN": environment.domain,
+        "FEPLB_LIBCUDA": environment.cuda_library,
         "FEPLB_LOG": environment.log_level,
     }
     listed = ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
