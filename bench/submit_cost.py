@@ -164,7 +164,7 @@ def run_rank(rank: int, job: Job, published: Any, go: Any) -> None:
 
 
 class _Measured:
-    """Rank 0: one sample per call that moves something of its own.
+    """Rank 0: one sample per call in which it sends, and helps nobody.
 
     ``samples``: (counts -> copies, plan -> copies, posted -> copies, driver calls), ns.
     """
@@ -195,8 +195,8 @@ class _Measured:
         accepted = self._core.stats()["last_accepted_ns"]
         record = self._balancer.last_call(0)
         assert record is not None
-        if not (record.moves[:, 1] == 0).any():
-            return
+        if not (record.moves[:, 1] == 0).any() or (record.moves[:, 2] == 0).any():
+            return  # the last copies must be those of rows and weights
         calls = 0
         if self._log is not None:
             calls = calls_until_last_copy(self._log.take(), self._core.posted_ns, accepted)

@@ -51,6 +51,14 @@ class _OneCaller:
         self._domain.leave()
 
 
+def _addresses(tensor: Any, wanted: set[int], num_experts: int) -> list[int]:
+    """Where the experts of one weight tensor begin, stacked or one by one; 0 if not wanted."""
+    if isinstance(tensor, Tensor):
+        first, step = tensor.data_ptr(), tensor.stride(0) * tensor.element_size()
+        return [first + expert * step for expert in range(num_experts)]
+    return [tensor[e].data_ptr() if e in wanted else 0 for e in range(num_experts)]
+
+
 class OnItsWay(Protocol):
     """Something a backward left in the arena and nobody has fetched yet."""
 
@@ -259,10 +267,7 @@ class DomainCalls:
             self.core.post_rows([], [], [])
             return
         wanted = {move.expert_idx for move in sent}
-        pointers = [
-            [tensor[e].data_ptr() if e in wanted else 0 for e in range(len(counts))]
-            for tensor in weights
-        ]
+        pointers = [_addresses(tensor, wanted, len(counts)) for tensor in weights]
         self.core.post_rows([source.data_ptr() for source in sources], pointers, first_rows(counts))
 
     def _bind_stream(self) -> None:

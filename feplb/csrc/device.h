@@ -10,7 +10,8 @@
 //   itself,
 //                                                                          until its deadline
 //   after_event, copy_batch,
-//   write_flag on copies      the mover                                    never for a peer
+//   write_flag on copies      the mover, or the caller before the mover
+//                             would wake; never both at once               never for a peer
 #pragma once
 
 #include <atomic>

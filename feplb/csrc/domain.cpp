@@ -229,6 +229,15 @@ CallGeometry Domain::geometry() const {
 void Domain::post_rows(const CallSources& sources, const std::vector<int64_t>& first_row) {
   mover_.post(Level::kRows, device_->record(StreamKind::kCompute),
               push_rows(geometry(), mover_.agreement().route, sources, first_row));
+  submit();
+}
+
+void Domain::submit() {
+  if (is_driven_) {
+    mover_.wake();
+  } else {
+    mover_.submit_now();
+  }
 }
 
 void Domain::handshake(Level level, const char* phase) {
@@ -297,6 +306,7 @@ void Domain::release_rows() {
 void Domain::post_returns() {
   mover_.post(Level::kReturns, device_->record(StreamKind::kCompute),
               push_returns(geometry(), mover_.agreement().route));
+  submit();
 }
 
 void Domain::await_grad_outbox() {
@@ -308,6 +318,7 @@ void Domain::post_grads(const std::vector<int>& tensors) {
   grads_posted_ = true;
   mover_.post(Level::kGrads, device_->record(StreamKind::kCompute),
               push_grads(geometry(), mover_.agreement().route, tensors));
+  submit();
 }
 
 void Domain::await_returns() {

@@ -120,6 +120,7 @@ class Domain {
   void check_usable(const char* phase);
   WaitLimits limits() const;
   CallGeometry geometry() const;
+  void submit();
   void handshake(Level level, const char* phase);
   void await_flag(int src_rank, FlagKind kind, uint64_t seq, const char* phase);
   void await_event(Event event, const char* phase);

@@ -121,10 +121,29 @@ void Mover::post(Level level, Event ready, std::vector<Push> pushes) {
     // Nothing to submit and nothing below it outstanding: no need to wake the mover.
     if (job.pushes.empty() && submitted_level_.load() == static_cast<int>(level) - 1) {
       submitted_level_.store(static_cast<int>(level), std::memory_order_release);
-      return;
     }
   }
-  board_.bell(rank_).ring(kJobRing);
+}
+
+void Mover::submit_now() {
+  try {
+    while (!failure_.poisoned() && try_submit()) {
+    }
+  } catch (const std::exception& error) {
+    failure_.poison(cat("submitting copies failed: ", error.what()));
+  }
+  wake();
+}
+
+// The mover sleeps until a job is posted that the caller could not submit itself.
+void Mover::wake() {
+  if (has_work()) board_.bell(rank_).ring(kJobRing);
+}
+
+bool Mover::has_work() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const int level = submitted_level_.load() + 1;
+  return live_ && level < kNumLevels && jobs_[level].posted;
 }
 
 bool Mover::submitted(Level level) const {
@@ -307,6 +326,7 @@ bool Mover::take_releasable(std::vector<Push>& ready, Event& event, int& level) 
   const std::lock_guard<std::mutex> lock(mutex_);
   level = submitted_level_.load() + 1;
   if (!live_ || level >= kNumLevels || !jobs_[level].posted) return false;
+  if (in_driver_.load()) return false;  // the other thread of the two submits, and looks again
   Job& job = jobs_[level];
   event = job.ready;
   const auto withheld = std::stable_partition(job.pushes.begin(), job.pushes.end(),

@@ -1,11 +1,12 @@
 // The mover: the C++ thread that plans a call once all headers are there and submits its copies in
 // level order, each push as soon as its destination was released. It polls, blocks on nothing but
-// the driver, and never takes the GIL.
+// the driver, and never takes the GIL. Where a thread of its own would only be woken for it, the
+// caller's takes the step itself: plan_now(), submit_now().
 //
 // Hand-over, one call at a time (the caller is Python's thread with the GIL released):
 //   caller                               mover
 //   begin(header, saved moves)    ->     reads headers, plans            -> planned()
-//   post(level, event, pushes)    ->     submits what is released        -> submitted(level)
+//   post(level, event, pushes)    ->     submits what was withheld       -> submitted(level)
 //   end()  (all posted levels submitted)
 // `call_` is guarded by mutex_; the driver is called outside it. The caller sleeps on caller_bell,
 // the mover on its bell of the count board.
@@ -66,6 +67,10 @@ class Mover {
   void await_headers();
   const Agreement& agreement() const { return agreement_; }  // once planned()
   void post(Level level, Event ready, std::vector<Push> pushes);
+  // Submits on the caller's thread what is released by now, which is nearly always all: the mover
+  // need not be woken (that takes longer than the driver does). It gets what is left.
+  void submit_now();
+  void wake();                        // after post(), where the mover shall do it
   bool submitted(Level level) const;  // this level and every lower one, as far as posted
   // The last event of what `stream` was given for this rank's pushes of a region's half.
   Event last_push(Region region, int half) const;
@@ -94,6 +99,7 @@ class Mover {
   void choose_moves();
   bool check_headers(const std::vector<CallHeader>& headers);
   bool try_submit();
+  bool has_work() const;
   bool take_releasable(std::vector<Push>& ready, Event& event, int& level);
   bool is_released(const Push& push) const;
   bool joins(const Push& push, const Push& next) const;
