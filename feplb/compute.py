@@ -214,8 +214,8 @@ class SwiGLU(ExpertCompute):
         save: bool,
     ) -> Saved:
         """Compute the output rows of every segment; see ExpertCompute."""
-        probs = _probs(rows, row_data)
-        width, total, largest = _sizes(rows, segments, weights)
+        probs = swiglu_probabilities(rows, row_data)
+        width, total, largest = swiglu_sizes(rows, segments, weights)
         h = rows.new_empty(total if save else largest, 2 * width)
         scratch = rows.new_empty(largest, width)
         for span, packed, weight_idx in spans(segments):
@@ -243,8 +243,8 @@ class SwiGLU(ExpertCompute):
         grad_row_data: Sequence[Tensor | None],
     ) -> tuple[Tensor, ...]:
         """Compute the gradients of rows and probabilities; the carry is dh, a per segment."""
-        probs = _probs(rows, row_data)
-        width, total, largest = _sizes(rows, segments, weights)
+        probs = swiglu_probabilities(rows, row_data)
+        width, total, largest = swiglu_sizes(rows, segments, weights)
         h = saved.tensors[0]
         if h.shape != (total, 2 * width):
             raise RuntimeError(
@@ -311,7 +311,7 @@ def _backward_activation(
     torch.ops.aten.silu_backward.grad_input(da, gate, grad_input=grad_gate)
 
 
-def _probs(rows: Tensor, row_data: Sequence[Tensor]) -> Tensor | None:
+def swiglu_probabilities(rows: Tensor, row_data: Sequence[Tensor]) -> Tensor | None:
     """The router probabilities as [N, 1], or None."""
     if not row_data:
         return None
@@ -327,7 +327,9 @@ def _probs(rows: Tensor, row_data: Sequence[Tensor]) -> Tensor | None:
     return probs.view(n, 1)
 
 
-def _sizes(rows: Tensor, segments: Sequence[Segment], weights: Weights) -> tuple[int, int, int]:
+def swiglu_sizes(
+    rows: Tensor, segments: Sequence[Segment], weights: Weights
+) -> tuple[int, int, int]:
     """F (0 without rows), rows in all segments, rows of the largest; checks the weights named."""
     if len(weights) != 2:
         raise ValueError(f"SwiGLU weights: {len(weights)} tensors per expert, expected w1 and w2.")

@@ -72,9 +72,10 @@ ORDER = [
     ["late_grads"],
     ["domain_calls"],
     ["arena_views", "arguments", "connect"],
-    ["call", "costs", "memory", "lanes", "function_compute"],
-    ["peers"],
+    ["call", "costs", "memory", "lanes", "function_compute", "device_swiglu"],
+    ["peers", "gpu_compute"],
     ["compute", "router", "dispatch", "scheduler"],
+    ["kernels"],
     ["config", "_core"],
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

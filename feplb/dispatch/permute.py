@@ -2,7 +2,8 @@
 
 Used on both ends of the EP dispatch: before it, tokens become rows sorted by global expert; after
 it, what arrived from all ranks is grouped by local expert. Every index has its inverse, so forward
-and backward only gather; nothing is added by atomics, and sums run in a fixed order.
+and backward only gather; nothing is added by atomics, and sums run in a fixed order. Rows on a GPU
+go through Triton kernels, others through torch (row_operations.py).
 Shapes: T = tokens, k = top_k, N = T * k rows, H = hidden, E = num_experts.
 
 Worked example, 2 ranks x 2 experts, top_k = 2 (rank 0 owns experts 0 and 1, rank 1 owns 2 and 3):
@@ -26,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from .row_operations import row_operations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -116,7 +119,7 @@ def unpermute(rows: Tensor, topk_weights: Tensor, order: TokenOrder) -> Tensor:
     if rows.dim() != 2 or rows.shape[0] != order.pair_of_row.shape[0]:
         expected_rows = f"[{order.pair_of_row.shape[0]}, hidden]"
         raise ValueError(f"rows are {list(rows.shape)}, expected {expected_rows}.")
-    tokens: Tensor = _Unpermute.apply(rows, topk_weights, order.pair_of_row, order.row_of_pair)
+    tokens: Tensor = _Unpermute.apply(rows, topk_weights, order.row_of_pair)
     return tokens
 
 
@@ -131,78 +134,50 @@ def _invert(permutation: Tensor) -> Tensor:
     return torch.empty_like(permutation).scatter_(0, permutation, positions)
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _sum_choices(rows: Tensor, row_of_pair: Tensor, weights: Tensor | None) -> Tensor:
-    """[T, H]: the rows of each token, times weights [T, k], added first choice first."""
-    num_tokens, top_k = row_of_pair.shape
-    total = rows.new_zeros(num_tokens, rows.shape[1], dtype=_sum_dtype(rows.dtype))
-    for choice in range(top_k):
-        chosen = rows.index_select(0, row_of_pair[:, choice])
-        if weights is None:
-            total += chosen
-        else:
-            total += chosen * weights[:, choice, None].to(total.dtype)
-    return total
-
-
 class _Permute(Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, pair_of_row: Tensor, row_of_pair: Tensor) -> Tensor:
         ctx.save_for_backward(row_of_pair)
-        top_k = row_of_pair.shape[1]
-        return tokens.index_select(0, pair_of_row.div(top_k, rounding_mode="floor"))
+        return row_operations(tokens).gather_rows(tokens, pair_of_row, row_of_pair.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor, None, None]:
         (row_of_pair,) = ctx.saved_tensors
-        return _sum_choices(grad_rows, row_of_pair, None).to(grad_rows.dtype), None, None
+        summed = row_operations(grad_rows).sum_choices(grad_rows, row_of_pair, None)
+        return summed, None, None
 
 
 class _Unpermute(Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, topk_weights: Tensor, pair_of_row: Tensor, row_of_pair: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(rows, topk_weights, pair_of_row, row_of_pair)
-        return _sum_choices(rows, row_of_pair, topk_weights).to(rows.dtype)
+    def forward(ctx: Any, rows: Tensor, topk_weights: Tensor, row_of_pair: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, topk_weights, row_of_pair)
+        return row_operations(rows).sum_choices(rows, row_of_pair, topk_weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        rows, weights, pair_of_row, row_of_pair = ctx.saved_tensors
-        grad_rows = grad_weights = None
-        if ctx.needs_input_grad[0]:
-            token_of_row = pair_of_row.div(row_of_pair.shape[1], rounding_mode="floor")
-            weight_of_row = weights.reshape(-1).index_select(0, pair_of_row)[:, None]
-            grad_of_row = grad.index_select(0, token_of_row)
-            grad_rows = torch.empty_like(rows)
-            torch.mul(grad_of_row, weight_of_row.to(_sum_dtype(rows.dtype)), out=grad_rows)
-        if ctx.needs_input_grad[1]:
-            grad_weights = _dot_choices(rows, row_of_pair, grad).to(weights.dtype)
-        return grad_rows, grad_weights, None, None
-
-
-def _dot_choices(rows: Tensor, row_of_pair: Tensor, grad: Tensor) -> Tensor:
-    """[T, k]: of each choice, the product of its row and the token's gradient, summed over H."""
-    wide = grad.to(_sum_dtype(rows.dtype))
-    products = [
-        (rows.index_select(0, row_of_choice) * wide).sum(-1) for row_of_choice in row_of_pair.T
-    ]
-    return torch.stack(products, dim=1)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        rows, weights, row_of_pair = ctx.saved_tensors
+        rows_wanted, weights_wanted, _ = ctx.needs_input_grad
+        grad_rows, grad_weights = row_operations(rows).spread_grads(
+            grad,
+            rows,
+            weights,
+            row_of_pair,
+            rows_wanted=rows_wanted,
+            weights_wanted=weights_wanted,
+        )
+        return grad_rows, grad_weights, None
 
 
 class _Reorder(Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, source: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return rows.index_select(0, source)
+        return row_operations(rows).gather_rows(rows, source)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+        return row_operations(grad).gather_rows(grad, inverse), None, None
