@@ -152,9 +152,9 @@ def _check(*operands: Operand) -> None:
 
 @triton.jit
 def _multiply_rows(
-    source: Any,
-    out: Any,
-    tiles: Any,
+    source: tl.tensor,
+    out: tl.tensor,
+    tiles: tl.tensor,
     columns: tl.constexpr,
     source_column: tl.constexpr,
     out_column: tl.constexpr,
@@ -218,10 +218,10 @@ def _multiply_rows(
 
 @triton.jit
 def _multiply_weights(
-    left: Any,
-    right: Any,
-    targets: Any,
-    parts: Any,
+    left: tl.tensor,
+    right: tl.tensor,
+    targets: tl.tensor,
+    parts: tl.tensor,
     target_columns: tl.constexpr,
     part_columns: tl.constexpr,
     left_column: tl.constexpr,

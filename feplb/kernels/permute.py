@@ -109,9 +109,9 @@ def _sum_type(dtype: torch.dtype) -> Any:
 
 @triton.jit(do_not_specialize_on_alignment=["source"])
 def _gather(
-    rows: Any,
-    source: Any,
-    out: Any,
+    rows: tl.tensor,
+    source: tl.tensor,
+    out: tl.tensor,
     repeats: tl.constexpr,
     width: tl.constexpr,
     block: tl.constexpr,
@@ -125,10 +125,10 @@ def _gather(
 
 @triton.jit(do_not_specialize_on_alignment=["row_of_pair", "weights"])
 def _sum_choices(
-    rows: Any,
-    row_of_pair: Any,
-    weights: Any,
-    out: Any,
+    rows: tl.tensor,
+    row_of_pair: tl.tensor,
+    weights: tl.tensor,
+    out: tl.tensor,
     top_k: tl.constexpr,
     width: tl.constexpr,
     block: tl.constexpr,
@@ -151,12 +151,12 @@ def _sum_choices(
 
 @triton.jit(do_not_specialize_on_alignment=["weights", "row_of_pair", "grad_weights"])
 def _spread_grads(
-    grad: Any,
-    rows: Any,
-    weights: Any,
-    row_of_pair: Any,
-    grad_rows: Any,
-    grad_weights: Any,
+    grad: tl.tensor,
+    rows: tl.tensor,
+    weights: tl.tensor,
+    row_of_pair: tl.tensor,
+    grad_rows: tl.tensor,
+    grad_weights: tl.tensor,
     top_k: tl.constexpr,
     width: tl.constexpr,
     block: tl.constexpr,

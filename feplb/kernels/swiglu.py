@@ -87,10 +87,10 @@ def _launch(kernel: Any, h: Tensor, probs: Tensor | None, *rest: Any, table: Row
 
 @triton.jit(do_not_specialize_on_alignment=["probs"])
 def _forward(
-    h: Any,
-    probs: Any,
-    act: Any,
-    tiles: Any,
+    h: tl.tensor,
+    probs: tl.tensor,
+    act: tl.tensor,
+    tiles: tl.tensor,
     columns: tl.constexpr,
     rows_per_tile: tl.constexpr,
     width: tl.constexpr,
@@ -115,12 +115,12 @@ def _forward(
 
 @triton.jit(do_not_specialize_on_alignment=["probs", "grad_probs"])
 def _backward(
-    h: Any,
-    probs: Any,
-    act: Any,
-    grad_h: Any,
-    grad_probs: Any,
-    tiles: Any,
+    h: tl.tensor,
+    probs: tl.tensor,
+    act: tl.tensor,
+    grad_h: tl.tensor,
+    grad_probs: tl.tensor,
+    tiles: tl.tensor,
     columns: tl.constexpr,
     rows_per_tile: tl.constexpr,
     width: tl.constexpr,

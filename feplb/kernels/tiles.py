@@ -59,7 +59,7 @@ CANDIDATES = (
     TileConfig(128, 128, 64, num_warps=8, num_stages=4),
     TileConfig(128, 128, 64, num_warps=4, num_stages=3),
     TileConfig(256, 128, 64, num_warps=8, num_stages=3),
-    TileConfig(64, 256, 64, num_warps=4, num_stages=4),
+    TileConfig(64, 256, 64, num_warps=8, num_stages=4),
 )
 
 
