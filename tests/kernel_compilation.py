@@ -1,5 +1,7 @@
 """Compiles the kernels for a GPU that need not be there, and prints what came out, as JSON.
 
+    kernel_compilation.py CAPABILITY layer|products|candidates
+
 Run by test_kernel_compilation.py, in a process of its own: Triton must not be in interpreter mode.
 The launches of a real call are recorded instead of carried out, on CPU tensors, and then compiled
 as the launcher would for those arguments. Shapes are GLM-5's: hidden 6144, width 2048.
@@ -26,6 +28,8 @@ from feplb.dispatch.permute import order_tokens
 from feplb.gpu_compute import TritonSwiGLU
 from feplb.kernels import grouped_gemm, permute, swiglu
 from feplb.kernels.grouped_gemm import TritonGemm
+from feplb.kernels.products import Operand
+from feplb.kernels.segment_tables import grad_table, row_table
 from feplb.kernels.tiles import CANDIDATES
 
 HIDDEN, WIDTH = 6144, 2048
@@ -81,15 +85,12 @@ def record() -> list[Recorder]:
     return recorders
 
 
-def run_layer(compute: TritonSwiGLU, counts: list[int], dtype: torch.dtype) -> None:
+def run_layer(compute: TritonSwiGLU, counts: list[int]) -> None:
     """Forward and backward of a layer whose experts have so many rows; with probabilities."""
     num_rows = sum(counts)
-    rows = torch.empty(num_rows, HIDDEN, dtype=dtype)
+    rows = torch.empty(num_rows, HIDDEN, dtype=torch.bfloat16)
     probs = torch.empty(num_rows)
-    weights = [
-        torch.empty(1, 2 * WIDTH, HIDDEN, dtype=dtype),
-        torch.empty(1, HIDDEN, WIDTH, dtype=dtype),
-    ]
+    weights = [rows.new_empty(1, 2 * WIDTH, HIDDEN), rows.new_empty(1, HIDDEN, WIDTH)]
     starts = [sum(counts[:i]) for i in range(len(counts))]
     segments = [(start, start + n, 0) for start, n in zip(starts, counts, strict=True)]
     saved = compute.forward(rows, [probs], segments, weights, out=rows, save=True)
@@ -97,6 +98,18 @@ def run_layer(compute: TritonSwiGLU, counts: list[int], dtype: torch.dtype) -> N
         rows, rows, [probs], segments, weights, saved, grad_rows=rows, grad_row_data=[probs]
     )
     compute.backward_weights(rows, rows, [probs], segments, saved, carry, grad_weights=weights)
+
+
+def run_products(gemm: TritonGemm) -> None:
+    """The widest products: up, its dgrad and its wgrad."""
+    rows = Operand(torch.empty(318, HIDDEN, dtype=torch.bfloat16))
+    h = Operand(torch.empty(318, 2 * WIDTH, dtype=torch.bfloat16), packed=True)
+    weights = [torch.empty(1, 2 * WIDTH, HIDDEN, dtype=torch.bfloat16)]
+    segments = [(0, 300, 0), (300, 318, 0)]
+    table = row_table(segments, weights, gemm.block_m, torch.device("cpu"))
+    gemm.multiply_rows(rows, h, table, tensor=0, transposed=True)
+    gemm.multiply_rows(h, rows, table, tensor=0, transposed=False)
+    gemm.multiply_weights(h, rows, grad_table(segments, weights, torch.device("cpu")), tensor=0)
 
 
 def run_permute(num_tokens: int, top_k: int) -> None:
@@ -147,18 +160,20 @@ def compiled(recorder: Recorder, capability: int) -> list[dict[str, Any]]:
 def main() -> None:
     capability, which = int(sys.argv[1]), sys.argv[2]
     recorders = record()
-    if which == "candidates":
+    if which == "products":
+        run_products(TritonGemm())
+    elif which == "candidates":
         for tiles in CANDIDATES:
-            run_layer(TritonSwiGLU(TritonGemm(tiles)), [300, 1, 17], torch.bfloat16)
+            run_products(TritonGemm(tiles))
     else:
         compute = TritonSwiGLU()
-        dtype = getattr(torch, which)
         compute.warm_up(
-            HIDDEN, WIDTH, dtype=dtype, device=torch.device("cpu"), probs_dtype=torch.float32
-        )
+            HIDDEN, WIDTH, dtype=torch.bfloat16, device=torch.device("cpu"),
+            probs_dtype=torch.float32,
+        )  # fmt: skip
         before = sum(len(r.launches) for r in recorders)
         for counts in ([300, 1, 17], [16], [48, 0, 128, 7]):
-            run_layer(compute, counts, dtype)
+            run_layer(compute, counts)
         after = sum(len(r.launches) for r in recorders)
         print(json.dumps({"compiled_after_warm_up": after - before}))
         for num_tokens in (1, 16, 37):

@@ -83,9 +83,12 @@ class TritonGemm(GroupedGemm):
         assert targets is not None, "the caller asked for a gradient that is not wanted"
         _check(left, right)
         num_targets, columns = table.targets.shape
-        height, width = left.rows.shape[1], right.rows.shape[1]
-        if num_targets == 0 or height == 0 or width == 0:
+        if num_targets == 0:
             return
+        target = targets[table.members[0][0]]
+        height, width = target.shape
+        fits = (height, width) == (left.rows.shape[1], right.rows.shape[1])
+        assert fits or not len(table.parts), "targets are as wide as the operands"
         tiles = triton.cdiv(height, self.tiles.block_m) * triton.cdiv(width, self.tiles.block_n)
         with torch.cuda.device_of(left.rows):
             _multiply_weights[(num_targets * tiles,)](
@@ -98,7 +101,7 @@ class TritonGemm(GroupedGemm):
                 left_column=_row_column(left),
                 right_column=_row_column(right),
                 target_column=segment_tables.TARGETS + tensor,
-                target_type=_type(targets[table.members[0][0]].dtype),
+                target_type=_type(target.dtype),
                 height=height,
                 width=width,
                 **self._options(left),

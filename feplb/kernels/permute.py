@@ -141,8 +141,8 @@ def _sum_choices(
     for choice in tl.static_range(top_k):
         pair = token * top_k + choice
         row = tl.load(row_of_pair + pair)
-        chosen = tl.load(rows + row * width + column, mask=exists & (row >= 0), other=0.0)
-        chosen = chosen.to(sum_type)
+        read = column < tl.where(row >= 0, width, 0)
+        chosen = tl.load(rows + row * width + column, mask=read, other=0.0).to(sum_type)
         if weights is not None:
             chosen *= tl.load(weights + pair).to(sum_type)
         total += chosen
