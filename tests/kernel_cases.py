@@ -16,6 +16,8 @@ from torch import Tensor
 
 from feplb.kernels.tiles import HOPPER, INTERPRETER, SINGLE_PRECISION, TileConfig
 
+pytest.importorskip("triton")
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -36,8 +38,12 @@ DEVICES = [
 ]
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 
-# Hypothesis examples: an interpreted product takes about 0.1 s.
-EXAMPLES = 15 if INTERPRETED else 100
+# Hypothesis examples, and rows of a segment: an interpreted product takes about 0.1 s.
+EXAMPLES = 15 if INTERPRETED else 60
+MOST_ROWS = 40 if INTERPRETED else 300
+
+# Columns of two operands: less than a tile, several, and whole multiples of tiles_for() blocks.
+SHAPES = [(8, 72), (40, 8), (16, 32)] if INTERPRETED else [(8, 264), (200, 8), (128, 256)]
 
 
 def tiles_for(dtype: torch.dtype) -> TileConfig:
@@ -54,11 +60,12 @@ def rounding(dtype: torch.dtype) -> float:
 
 @st.composite
 def segment_lists(
-    draw: st.DrawFn, num_weights: int = 3, most_rows: int = 40
+    draw: st.DrawFn, num_weights: int = 3, most_rows: int = MOST_ROWS
 ) -> list[tuple[int, int, int]]:
     """Segments (row start, row end, weight index): holes, empty ones, any start, any weight."""
     segments, at = [], 0
-    sizes = st.sampled_from([0, 1, 2, 15, 16, 17, most_rows])
+    block = tiles_for(torch.bfloat16).block_m
+    sizes = st.sampled_from([0, 1, 2, block - 1, block, block + 1, most_rows])
     for _ in range(draw(st.integers(0, 4))):
         start = at + draw(st.integers(0, 5))
         at = start + draw(st.one_of(sizes, st.integers(0, most_rows)))

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from kernel_cases import (
     DTYPES,
     EXAMPLES,
+    MOST_ROWS,
+    SHAPES,
     is_hole,
     num_rows_of,
     on_each_device,
@@ -100,8 +102,7 @@ def test_rows_are_grouped_by_weight_for_its_gradient() -> None:
 @given(
     segments=segment_lists(),
     dtype=st.sampled_from(DTYPES),
-    inner=st.sampled_from([8, 16, 40]),
-    width=st.sampled_from([8, 32, 72]),
+    shape=st.sampled_from(SHAPES),
 )
 def test_rows_times_weight_and_holes_untouched(
     device: str,
@@ -109,15 +110,15 @@ def test_rows_times_weight_and_holes_untouched(
     transposed: bool,
     segments: Segments,
     dtype: torch.dtype,
-    inner: int,
-    width: int,
+    shape: tuple[int, int],
 ) -> None:
+    inner, width = shape
     num_rows = num_rows_of(segments)
     rows = draw(num_rows, inner, dtype=dtype, device=device)
     holes = is_hole(segments, num_rows)
     rows[holes] = float("nan")
-    shape = (width, inner) if transposed else (inner, width)
-    weights = [draw(*shape, dtype=dtype, device=device, seed=i + 1) for i in range(3)]
+    of_weight = (width, inner) if transposed else (inner, width)
+    weights = [draw(*of_weight, dtype=dtype, device=device, seed=i + 1) for i in range(3)]
     out = multiply_rows(gemm_of(way, dtype), rows, segments, weights, transposed=transposed)
     assert bool((out[holes] == UNTOUCHED).all())
     for start, end, idx in segments:
@@ -168,7 +169,7 @@ def test_same_row_in_other_company_has_the_same_bits(
 
 @on_each_device
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(num_rows=st.integers(2, 70), cut=st.floats(0, 1), dtype=st.sampled_from(DTYPES))
+@given(num_rows=st.integers(2, 2 * MOST_ROWS), cut=st.floats(0, 1), dtype=st.sampled_from(DTYPES))
 def test_a_segment_cut_in_two_has_the_same_bits(
     device: str, num_rows: int, cut: float, dtype: torch.dtype
 ) -> None:
@@ -191,8 +192,7 @@ def test_a_segment_cut_in_two_has_the_same_bits(
     segments=segment_lists(),
     dtype=st.sampled_from(DTYPES),
     wide=st.booleans(),
-    height=st.sampled_from([8, 16, 40]),
-    width=st.sampled_from([8, 32, 72]),
+    shape=st.sampled_from(SHAPES),
 )
 def test_weight_gradients_are_sums_over_the_segments(
     device: str,
@@ -200,9 +200,9 @@ def test_weight_gradients_are_sums_over_the_segments(
     segments: Segments,
     dtype: torch.dtype,
     wide: bool,
-    height: int,
-    width: int,
+    shape: tuple[int, int],
 ) -> None:
+    height, width = shape
     num_rows = num_rows_of(segments)
     grad = draw(num_rows, height, dtype=dtype, device=device)
     rows = draw(num_rows, width, dtype=dtype, device=device, seed=1)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("triton")
+
 SCRIPT = Path(__file__).with_name("kernel_compilation.py")
 HOPPER_SHARED_BYTES = 227 * 1024
 PRODUCTS = {"_multiply_rows", "_multiply_weights"}
