@@ -26,8 +26,8 @@
 
 namespace feplb {
 
-// The caller's stream, and one copy stream for each level that moves bytes: rows and weights (rows
-// first: a source has about one engine), what comes home, weight grads. The order is the urgency.
+// The caller's stream, and one copy stream for each level that moves bytes: rows and weights, what
+// comes home, weight grads. The order is the urgency: a source has about one engine.
 enum class StreamKind : int { kCompute = 0, kPushes = 1, kReturns = 2, kGrads = 3 };
 constexpr int kNumStreams = 4;
 

@@ -350,13 +350,13 @@ bool Mover::is_released(const Push& push) const {
   return epoch_reached(flag->epoch.load(std::memory_order_acquire), static_cast<Epoch>(used));
 }
 
-// May `next` travel in one batch with `push`, which comes before it? Not weights with rows: the
-// rows are there first, and their flag says so.
+// May `next` travel in one batch with `push`, which comes before it? Rows and weights may: a helper
+// starts when it has both.
 bool Mover::joins(const Push& push, const Push& next) const {
-  return device_.joins_pushes() && next.flag == push.flag;
+  return device_.joins_pushes() && next.stream == push.stream;
 }
 
-// Pushes of one stream and one kind, as one batch with its flags behind it.
+// Pushes of one stream, as one batch with its flags behind it.
 void Mover::submit(const std::vector<const Push*>& pushes, Event ready) {
   const Push& first = *pushes.front();
   const Fence fence = first.flag == kReturnsFlag ? Fence::kEventReturns
