@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -242,6 +247,16 @@ def test_a_weight_gradient_has_the_same_bits_wherever_its_rows_lie(
     table = grad_table([(0, 34, 0)], [[alone]], rows.device)
     gemm.multiply_weights(Operand(grad[5:39].clone()), Operand(rows[5:39].clone()), table, tensor=0)
     assert same_bits(alone, together[2])
+
+
+def test_nothing_past_the_end_of_a_tensor_is_read() -> None:
+    script = Path(__file__).with_name("kernel_guard_pages.py")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(
+        [sys.executable, str(script)],
+        check=False, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
 
 
 # ---- refusals

@@ -185,6 +185,6 @@ def _addresses(what: str, tensors: Sequence[Tensor]) -> npt.NDArray[np.int64]:
 def _on_device(table: Table, device: torch.device) -> Tensor:
     """Copied without waiting for the device; torch keeps the pinned memory until it is read."""
     host = torch.from_numpy(table)
-    if device.type == "cpu":
-        return host
+    if device.type == "cpu" or not table.size:
+        return host.to(device)
     return host.pin_memory().to(device, non_blocking=True)
