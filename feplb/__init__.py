@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .balancer import Balancer, CallRecord, Ticket
     from .compute import ExpertCompute, SwiGLU
     from .config import BalancerConfig, LayerSpec, TensorSpec
+    from .device_swiglu import DeviceSwiGLU
     from .function_compute import as_compute
     from .moe import MoEConfig, MoELayer
 
@@ -20,6 +21,7 @@ __all__ = [
     "Balancer",
     "BalancerConfig",
     "CallRecord",
+    "DeviceSwiGLU",
     "ExpertCompute",
     "LayerSpec",
     "MoEConfig",
@@ -33,6 +35,7 @@ __all__ = [
 _ROOMS = {
     "balancer": ("Balancer", "CallRecord", "Ticket"),
     "compute": ("ExpertCompute", "SwiGLU"),
+    "device_swiglu": ("DeviceSwiGLU",),
     "config": ("BalancerConfig", "LayerSpec", "TensorSpec"),
     "function_compute": ("as_compute",),
     "moe": ("MoEConfig", "MoELayer"),

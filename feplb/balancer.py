@@ -26,9 +26,11 @@ from .config import BalancerConfig, Environment, LayerSpec, check_queues, read_e
 from .connect import Reservation, connect, identity, open_together
 from .costs import predicted_costs
 from .domain_calls import DomainCalls
-from .lanes import lane_name
+from .gpu_costs import gpu_costs
+from .lanes import ProvenLane, gpu_of, lane_name
 from .memory import MemoryReport, memory_report
 from .peers import Peers, find_domain
+from .scheduler.cost_model import UnitCosts
 from .scheduler.plan import Plan
 from .two_phase import ForwardCall
 
@@ -70,6 +72,12 @@ def _read_and_check(config: BalancerConfig, layers: Sequence[LayerSpec]) -> Envi
     if lane_name(config, environment) == "ce":
         check_queues(environment, config)
     return environment
+
+
+def _costs(config: BalancerConfig, spec: LayerSpec, lane: ProvenLane) -> UnitCosts:
+    if lane.machine is None:
+        return predicted_costs(config, spec, lane.gbps)
+    return gpu_costs(config, spec, lane.gbps, lane.machine)
 
 
 def _outside_graphs(method: Callable[P, R]) -> Callable[P, R]:
@@ -133,10 +141,10 @@ class Balancer:
         self._group = peers if ranks.num_ranks < peers.num_ranks else None
         reservation = self._reserve()
         self.memory = reservation.memory
-        own = identity(config, self.policy, self.layers)
+        own = identity(config, self.policy, self.layers, gpu_of(config, environment))
         core, lane = connect(peers, ranks, own, environment, config, reservation)
         for layer, spec in enumerate(self.layers):
-            core.set_costs(layer, asdict(predicted_costs(config, spec, lane.gbps)))
+            core.set_costs(layer, asdict(_costs(config, spec, lane)))
         open_together(peers, core)
         self.device = lane.device
         self._anchor = torch.empty(0, device=lane.device, requires_grad=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .config import BalancerConfig, Environment, LayerSpec
+from .gpu_costs import machine_of
 from .lanes import Lane, ProvenLane, open_lane
 from .memory import MemoryReport
 from .peers import DomainRanks, Peers
@@ -31,13 +32,16 @@ class Reservation:
     memory: MemoryReport
 
 
-def identity(config: BalancerConfig, policy: str, layers: Sequence[LayerSpec]) -> dict[str, str]:
+def identity(
+    config: BalancerConfig, policy: str, layers: Sequence[LayerSpec], gpu: str
+) -> dict[str, str]:
     """What must be equal on all ranks of a group, by the name an error calls it."""
     return {
         "torch version": str(torch.__version__),
         "torch threads": str(torch.get_num_threads()),
         "config": repr((config, policy)),
         "layers": repr(tuple(layers)),
+        "GPU": gpu,
     }
 
 
@@ -121,7 +125,8 @@ def connect(
     canary = min(lane.canary_bytes, arena_bytes // domain.num_ranks // 64 * 64)
     rates = peers.together(lambda: float(domains[0].prove_lane(canary)))
     gbps = min(rates[rank] for rank in domain.group_ranks)
-    return domains[0], ProvenLane(lane.device, gbps, lane.description)
+    machine = machine_of(own["GPU"]) if own["GPU"] else None
+    return domains[0], ProvenLane(lane.device, gbps, lane.description, machine)
 
 
 def open_together(peers: Peers, core: Any) -> None:

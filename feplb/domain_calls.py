@@ -29,6 +29,7 @@ from .call import (
 )
 from .config import BalancerConfig, LayerSpec
 from .costs import gemm_gflops, lane_gbps
+from .gpu_costs import gpu_gemm_gflops
 from .lanes import ProvenLane
 from .peers import DomainRanks
 from .scheduler.plan import hash_integers
@@ -90,6 +91,9 @@ class DomainCalls:
         self._config = config
         self._rank = ranks.rank
         self._lane_gbps = lane_gbps(config, lane.gbps)
+        self._gemm_gflops = (
+            gemm_gflops(config) if lane.machine is None else gpu_gemm_gflops(config, lane.machine)
+        )
         self._device = lane.device
         self._views: ArenaViews | None = ArenaViews(core, layers, lane.device)
         self._caller = threading.Lock()
@@ -288,7 +292,7 @@ class DomainCalls:
         if not agreement.sent and not agreement.received:
             return 0
         returning = rows_on_the_way_back(self._rank, agreement.moves)
-        seconds_per_row = spec.flops_per_row / (gemm_gflops(self._config) * 1e9)
+        seconds_per_row = spec.flops_per_row / (self._gemm_gflops * 1e9)
         way_back_s = returning * spec.row_bytes / (self._lane_gbps * 1e9)
         return int(way_back_s / seconds_per_row) + 1
 

@@ -18,6 +18,7 @@ import torch
 
 from .config import BalancerConfig, Environment
 from .peers import DomainRanks, Peers
+from .scheduler.machines import Machine
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -66,6 +67,12 @@ def lane_name(config: BalancerConfig, environment: Environment) -> str:
     if wanted == "auto":
         return "ce" if torch.cuda.is_available() else "host"
     return wanted
+
+
+def gpu_of(config: BalancerConfig, environment: Environment) -> str:
+    """Name of the GPU that this rank's rows will live on; "" where that is the CPU."""
+    has_gpu = lane_name(config, environment) != "host" and torch.cuda.is_available()
+    return torch.cuda.get_device_name() if has_gpu else ""
 
 
 def open_lane(config: BalancerConfig, environment: Environment) -> Lane:
@@ -281,8 +288,10 @@ class ProvenLane:
         device: where rows, weights and gradients live.
         gbps: rate of the slowest rank, 10^9 bytes per second.
         description: for the log.
+        machine: rates of the GPU; None where rows live on the CPU.
     """
 
     device: torch.device
     gbps: float
     description: str
+    machine: Machine | None = None

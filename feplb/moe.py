@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .compute import SwiGLU
+from .compute import ExpertCompute
 from .config import LayerSpec
+from .device_swiglu import DeviceSwiGLU
 from .dispatch import AllToAllDispatcher, DeepEPDispatcher
 from .router import TopKRouter
 from .training import mark_expert_parameters
@@ -120,7 +121,7 @@ class ExpertBalancer(Protocol):
         rows: Tensor,
         counts: list[int],
         weights: Sequence[Any],
-        compute: SwiGLU,
+        compute: ExpertCompute,
         *,
         layer: int,
         ticket: Any,
@@ -183,7 +184,7 @@ class MoELayer(nn.Module):
             )
         self.num_local_experts = config.num_experts // self.dispatcher.ep_size
         self.last_counts: list[int] = [0] * self.num_local_experts
-        self.compute = SwiGLU()
+        self.compute: ExpertCompute = DeviceSwiGLU()
         self.router = TopKRouter(
             config.hidden,
             config.num_experts,

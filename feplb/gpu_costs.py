@@ -1,0 +1,68 @@
+"""What the cost model is told about a layer on GPUs: presets of the GPU's name, and the lane's rate.
+
+The copies' rate is measured at start-up; rates of GEMMs and memory come from scheduler/machines.py
+unless the config names one. Every input is the same on all ranks of a domain.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from .config import BalancerConfig, LayerSpec
+from .costs import lane_gbps
+from .scheduler.cost_model import UnitCosts, picoseconds
+from .scheduler.machines import MACHINES, Machine
+
+logger = logging.getLogger(__name__)
+
+_UNKNOWN_IS = "h100"
+
+
+def machine_of(gpu_name: str) -> Machine:
+    """The preset for a GPU as the driver names it: "NVIDIA H200" -> h200. Unknown: h100, told."""
+    for name, machine in MACHINES.items():
+        if name in gpu_name.lower():
+            return machine
+    logger.warning(
+        "no preset for %s: its rates are taken to be those of an %s. Set gemm_gflops in the "
+        "BalancerConfig.",
+        gpu_name, _UNKNOWN_IS,
+    )  # fmt: skip
+    return MACHINES[_UNKNOWN_IS]
+
+
+def gpu_gemm_gflops(config: BalancerConfig, machine: Machine) -> float:
+    """A rank's expert GEMM rate, 10^9 operations per second."""
+    return config.gemm_gflops or machine.gemm_tflops * 1e3
+
+
+def gpu_costs(
+    config: BalancerConfig, spec: LayerSpec, measured_gbps: float, machine: Machine
+) -> UnitCosts:
+    """Costs of one layer on the ce lane.
+
+    The window in which weight grads come home is the backward of the dispatch; a rank is taken to
+    dispatch ``max_rows`` rows.
+    """
+    rate = lane_gbps(config, measured_gbps)
+    row = picoseconds(spec.flops_per_row, gpu_gemm_gflops(config, machine))
+    row_bytes = spec.row_bytes + sum(data.num_bytes for data in spec.row_data)
+    push = picoseconds(spec.expert_bytes, rate)
+    return UnitCosts(
+        tile_rows=machine.tile_rows,
+        row_forward=row,
+        row_dgrad=row,
+        row_wgrad=row,
+        weight_read=picoseconds(spec.expert_bytes, machine.hbm_gbps),
+        row_push=picoseconds(row_bytes, rate),
+        row_push_backward=picoseconds(spec.row_bytes + row_bytes, rate),
+        weight_push=push,
+        row_return=picoseconds(spec.row_bytes, rate),
+        row_return_backward=picoseconds(row_bytes, rate),
+        grad_push=push,
+        row_place=picoseconds(2 * spec.row_bytes, machine.hbm_gbps),
+        grad_add=picoseconds(3 * spec.expert_bytes, machine.hbm_gbps),
+        late_window=picoseconds(spec.max_rows * spec.row_bytes, machine.dispatch_gbps),
+        start=round(machine.start_us * 1e6),
+        copy=round(machine.copy_us * 1e6),
+    )
