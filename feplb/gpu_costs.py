@@ -1,4 +1,4 @@
-"""What the cost model is told about a layer on GPUs: presets of the GPU's name, and the lane's rate.
+"""What the cost model is told about a layer on GPUs: presets by name, and the lane's rate.
 
 The copies' rate is measured at start-up; rates of GEMMs and memory come from scheduler/machines.py
 unless the config names one. Every input is the same on all ranks of a domain.

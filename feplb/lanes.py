@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from .config import BalancerConfig, Environment
+from .observe.nvlink import Topology, read_topology
 from .peers import DomainRanks, Peers
 from .scheduler.machines import Machine
 
@@ -174,7 +175,7 @@ class CopyEngineLane:
         peers.together(lambda: self._open(domain, handles, num_bytes, self.core.open_ipc))
 
     def _find_peers(self, peers: Peers, domain: DomainRanks) -> None:
-        """Tell the core which GPUs the peers have, if this process sees them all."""
+        """Check how the GPUs are joined, and tell the core which ones the peers have, if seen."""
         from . import _core
 
         def own_uuid() -> tuple[str, list[str]]:
@@ -184,6 +185,7 @@ class CopyEngineLane:
         said = peers.together(own_uuid)
         visible = said[peers.rank][1]
         of_ranks = [said[rank][0] for rank in domain.group_ranks]
+        peers.together(lambda: check_nvlink(of_ranks, domain.global_ranks))
         if all(uuid in visible for uuid in of_ranks):
             self.core.set_peer_ordinals([visible.index(uuid) for uuid in of_ranks])
 
@@ -198,6 +200,41 @@ class CopyEngineLane:
     def arenas(self, open_segment: OpenSegment, domain: DomainRanks, num_bytes: int) -> list[Any]:
         opened, self._opened, self._own = self._opened, [], None
         return opened
+
+
+def _why_not(topology: Topology) -> list[str]:
+    return sorted({pair.why_not for pair in topology.pairs if not pair.joined})
+
+
+def check_nvlink(
+    uuids: Sequence[str], global_ranks: Sequence[int], *, topology: Topology | None = None
+) -> None:
+    """Refuse a domain whose GPUs are not all joined by NVLink; unknown means no.
+
+    Args:
+        uuids: the GPU of every rank, as nvidia-smi writes it. Ranks may share one.
+        global_ranks: what messages call them.
+        topology: as NVML has it; None: read.
+    Raises:
+        RuntimeError: names the first two ranks.
+    """
+    if len(set(uuids)) == 1:
+        return
+    topology = topology or read_topology()
+    for b, second in enumerate(uuids):
+        for a, first in enumerate(uuids[:b]):
+            if first == second or topology.are_joined(first, second):
+                continue
+            said = "; ".join(
+                filter(None, [topology.problem, *topology.refused, *_why_not(topology)])
+            )
+            why = f" NVML: {said}." if said else ""
+            raise RuntimeError(
+                f"the GPUs of ranks {global_ranks[a]} ({first}) and {global_ranks[b]} ({second}) "
+                f"are not known to be joined by NVLink.{why} The ce lane moves rows through NVLink "
+                "only. Give each NVLink domain a name of its own in FEPLB_DOMAIN; install "
+                "nvidia-ml-py if NVML could not be asked; `feplb doctor` shows what it says."
+            )
 
 
 class _Sockets:
