@@ -203,7 +203,8 @@ class CopyEngineLane:
 
 
 def _why_not(topology: Topology) -> list[str]:
-    return sorted({pair.why_not for pair in topology.pairs if not pair.joined})
+    pairs = sorted({pair.why_not for pair in topology.pairs if not pair.joined})
+    return [text for text in (topology.problem, *topology.refused, *pairs) if text]
 
 
 def check_nvlink(
@@ -220,14 +221,12 @@ def check_nvlink(
     """
     if len(set(uuids)) == 1:
         return
-    topology = topology or read_topology()
+    topology = topology or read_topology(sorted(set(uuids)))
     for b, second in enumerate(uuids):
         for a, first in enumerate(uuids[:b]):
             if first == second or topology.are_joined(first, second):
                 continue
-            said = "; ".join(
-                filter(None, [topology.problem, *topology.refused, *_why_not(topology)])
-            )
+            said = "; ".join(_why_not(topology))
             why = f" NVML: {said}." if said else ""
             raise RuntimeError(
                 f"the GPUs of ranks {global_ranks[a]} ({first}) and {global_ranks[b]} ({second}) "
