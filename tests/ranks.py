@@ -3,7 +3,8 @@
 Tests call `run_ranks(fn, 4, ...)`; fn must be importable (a function at module level), because a
 rank receives it by name. The processes are forked from a server that has torch loaded already.
 The first error of any rank is raised in the caller, caused by that rank's traceback; a rank that
-dies or hangs is an error too, and no process outlives the call.
+dies or hangs is an error too, and no process outlives the call. Variables FEPLB_* and STAND_IN_*
+are as they are in the caller at that moment.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+# Variables that a rank has as its caller has them; all others are those of the server's start.
+TRAVELLING = ("FEPLB_", "STAND_IN_")
 # The last two are what torch imports at the first backward and the first checkpoint (seconds).
 PRELOAD = [
     "torch.distributed",
@@ -83,7 +86,7 @@ def run_ranks(
     deadline = time.monotonic() + timeout_s
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory(prefix="feplb-ranks-") as folder:
-        call = _Call(pickle.dumps((fn, args)), num_ranks, folder, timeout_s)
+        call = _Call(pickle.dumps((fn, args)), num_ranks, folder, timeout_s, _travelling())
         try:
             ranks.extend(_start(call, idx) for idx in range(num_ranks))
             results = _collect(ranks, deadline, may_die, folder)
@@ -104,6 +107,11 @@ class _Call:
     num_ranks: int
     folder: str
     timeout_s: float
+    environment: dict[str, str]
+
+
+def _travelling() -> dict[str, str]:
+    return {name: os.environ[name] for name in os.environ if name.startswith(TRAVELLING)}
 
 
 def _start(call: _Call, idx: int) -> _Rank:
@@ -184,6 +192,9 @@ def _release(ranks: list[_Rank]) -> None:
 
 def _run_rank(call: _Call, rank_idx: int, connection: Connection) -> None:
     """The body of a rank's process."""
+    for name in _travelling():
+        del os.environ[name]
+    os.environ.update(call.environment)
     with _stack_file(call.folder, rank_idx).open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         connection.send(_call_fn(call, rank_idx))

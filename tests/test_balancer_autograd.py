@@ -202,7 +202,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def autograd() -> Outcomes:
+def autograd(lane: str) -> Outcomes:
     return Outcomes(CASES)
 
 

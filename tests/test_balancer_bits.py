@@ -166,7 +166,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def bits() -> Outcomes:
+def bits(lane: str) -> Outcomes:
     return Outcomes(CASES)
 
 

@@ -152,7 +152,7 @@ SCENARIOS |= {
 
 
 @pytest.fixture(scope="module")
-def reactions() -> Reactions:
+def reactions(lane: str) -> Reactions:
     return Reactions(SCENARIOS)
 
 

@@ -252,7 +252,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> Outcomes:
+def outcomes(lane: str) -> Outcomes:
     return Outcomes(CASES)
 
 

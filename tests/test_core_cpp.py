@@ -1,13 +1,11 @@
 """Builds the C++ tests of the core (tests/cpp) with g++ and runs each of them by name.
 
 Three builds: plain, ThreadSanitizer, and AddressSanitizer with UBSan. Before a sanitizer's verdict
-counts, it must catch a bug made for it (tests/cpp/seeded_bugs.cpp). Objects lie in build/tests-cpp,
-and are built again when their flags or the content of a file they include have changed.
+counts, it must catch a bug made for it (tests/cpp/seeded_bugs.cpp). Objects lie in build/tests-cpp.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import subprocess
@@ -17,14 +15,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from cpp_build import BUILD, CORE, FLAGS, ROOT, compile_object
 
-ROOT = Path(__file__).resolve().parents[1]
-CORE = ROOT / "feplb" / "csrc"
 TESTS = ROOT / "tests" / "cpp"
-BUILD = ROOT / "build" / "tests-cpp"
-FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-pthread"]
 NUM_JOBS = 2  # of the compiler at a time
-HARNESS = ["main", "ranks", "scenario", "call_tensors", "rank_program"]
+HARNESS = ["main", "ranks", "gpu_ranks", "scenario", "call_tensors", "rank_program"]
+STAND_IN = ROOT / "tests" / "driver" / "stand_in.cpp"
 
 
 @dataclass(frozen=True)
@@ -42,14 +38,15 @@ class Build:
 
 
 SIMULATED = ("sim_run", "test_interleavings", "test_fences", "test_faults", "test_sim")
+THREADED = ("test_host", "test_cuda_device")
 BY_HAND = ("test_board", "test_copies", "test_arena", "test_mover", "test_watchdog")
-PLAIN = Build("plain", ("-O2",), (*SIMULATED, *BY_HAND, "test_host"))
+PLAIN = Build("plain", ("-O2",), (*SIMULATED, *BY_HAND, *THREADED))
 SANITIZED = [
-    Build("tsan", ("-O1", "-fsanitize=thread"), ("test_board", "test_host"), ("race",)),
+    Build("tsan", ("-O1", "-fsanitize=thread"), ("test_board", *THREADED), ("race",)),
     Build(
         "asan",
         ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-        ("sim_run", "test_faults", "test_sim", *BY_HAND, "test_host"),
+        ("sim_run", "test_faults", "test_sim", *BY_HAND, *THREADED),
         ("overrun", "overflow"),
     ),
 ]
@@ -60,40 +57,17 @@ def names_in(source: Path) -> list[str]:
     return re.findall(r"^TEST\((\w+)\)", source.read_text(), re.MULTILINE)
 
 
-def fingerprint(flags: list[str], depfile: Path) -> str:
-    """Of everything an object is made of; empty if that is not known."""
-    if not depfile.exists():
-        return ""
-    digest = hashlib.sha256(" ".join(flags).encode())
-    for name in depfile.read_text().split(":", 1)[1].replace("\\\n", " ").split():
-        if not Path(name).exists():
-            return ""
-        digest.update(Path(name).read_bytes())
-    return digest.hexdigest()
-
-
-def compile_object(source: Path, flags: list[str], folder: Path) -> Path:
-    """Compile `source` unless its object is up to date."""
-    made = folder / f"{source.parent.name}_{source.stem}.o"
-    stamp, deps = made.with_suffix(".sha256"), made.with_suffix(".d")
-    if made.exists() and stamp.exists() and stamp.read_text() == fingerprint(flags, deps):
-        return made
-    command = ["g++", *flags, "-MMD", "-MF", str(deps), "-c", "-o", str(made), str(source)]
-    subprocess.run(command, check=True, cwd=ROOT)
-    stamp.write_text(fingerprint(flags, deps))
-    return made
-
-
 def link(sources: list[Path], build: Build, name: str) -> Path:
     """Build the program `name` from `sources`."""
-    folder = BUILD / build.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = BUILD / "tests-cpp" / build.name
     flags = [*FLAGS, *build.flags, "-DFEPLB_FENCE_SWITCHES"]
     with ThreadPoolExecutor(NUM_JOBS) as pool:
         objects = list(pool.map(lambda source: compile_object(source, flags, folder), sources))
     program = folder / name
     if not program.exists() or any(o.stat().st_mtime > program.stat().st_mtime for o in objects):
-        command = ["g++", *flags, "-o", str(program), *map(str, objects), "-lrt"]
+        # The core finds the driver's functions in the program itself.
+        command = ["g++", *flags, "-rdynamic", "-o", str(program), *map(str, objects)]
+        command += ["-lrt", "-ldl"]
         subprocess.run(command, check=True)
     return program
 
@@ -107,7 +81,7 @@ def program(build: Build) -> Path:
         assert result.returncode != 0, f"{build.name} does not catch {bug}"
         assert re.search("Sanitizer|runtime error", result.stderr), result.stderr
     sources = [path for path in sorted(CORE.glob("*.cpp")) if "bindings" not in path.name]
-    sources += [TESTS / f"{name}.cpp" for name in [*HARNESS, *build.files]]
+    sources += [TESTS / f"{name}.cpp" for name in [*HARNESS, *build.files]] + [STAND_IN]
     return link(sources, build, "tests")
 
 

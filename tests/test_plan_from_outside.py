@@ -73,7 +73,7 @@ def outside(rank: int, num_ranks: int) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def found() -> list[dict[str, Any]]:
+def found(lane: str) -> list[dict[str, Any]]:
     return run_ranks(outside, NUM_RANKS, timeout_s=60)
 
 

@@ -254,14 +254,15 @@ void Domain::await_flag(int src_rank, FlagKind kind, uint64_t seq, const char* p
   const Flag* flag = board_.inbound(config_.rank, src_rank, kind);
   const auto epoch = static_cast<Epoch>(seq);
   const WaitLimits wait = limits();
-  const WaitResult result = device_->wait_flag(flag, epoch, wait);
   const std::string peer =
       cat("rank ", board_.global_rank(src_rank), " (last seen: ", board_.last_seen(src_rank), ")");
-  if (result == WaitResult::kEnqueued) {
+  // First, since a driver may hold the call that enqueues a wait behind one that lies there.
+  if (!device_->is_inline()) {
     watchdog_.watch(
         flag, epoch, wait.deadline,
         cat("no answer from ", peer, " for ", config_.deadline_s, " s (deadline_s) while ", phase));
   }
+  const WaitResult result = device_->wait_flag(flag, epoch, wait);
   settle(result, phase, peer);
 }
 
@@ -422,7 +423,9 @@ void Domain::drain() {
   constexpr const char* kPhase = "draining the compute stream";
   const auto done = [this] { return device_->compute_drained(); };
   const WaitResult result = device_->wait_host(caller_bell_, done, limits());
-  if (result == WaitResult::kTimedOut) settle(result, kPhase, "this rank's own device");
+  if (result != WaitResult::kTimedOut) return;
+  watchdog_.look();  // a wait that lies in the stream is older, and knows for whom
+  settle(result, kPhase, "this rank's own device");
 }
 
 }  // namespace feplb

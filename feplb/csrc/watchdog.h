@@ -23,10 +23,10 @@ class Watchdog {
   Watchdog(int rank, const std::vector<pid_t>& pids, CountBoard& board, Device& device,
            Failure& failure);
 
-  // A wait that now lies in a stream: `what` is the sentence to raise when `deadline` passes first.
+  // A wait that lies in a stream, or is about to: `what` is the sentence to raise when `deadline` passes first.
   void watch(const Flag* flag, Epoch epoch, TimePoint deadline, std::string what);
 
-  void look();               // one look at waits, abort record and lifted flags
+  void look();               // one look at waits, abort record and lifted flags; any thread
   void peer_died(int rank);  // unless that rank had closed its Balancer before
   void run() noexcept;       // the thread's body
   void stop() noexcept;

@@ -54,7 +54,8 @@ RankProgram::RankProgram(feplb::Domain& domain, Launch launch, const Scenario& s
       launch_(std::move(launch)),
       scenario_(scenario),
       rank_(config.rank),
-      two_streams_(config.two_streams),
+      streams_(std::move(config.streams)),
+      stream_(streams_.front()),
       verdict_(verdict),
       random_(config.seed * 64 + static_cast<uint64_t>(config.rank)) {}
 
@@ -67,7 +68,7 @@ void RankProgram::run() {
       run_backward(call);
       // Where prepare_weights's backward runs: soon, or just before the next layer's backward.
       // It runs in the stream of its backward call.
-      if (two_streams_ || random_.one_in(2)) add_late_grads();
+      if (streams_.size() > 1 || random_.one_in(2)) add_late_grads();
     }
   }
   add_late_grads();
@@ -109,10 +110,10 @@ bool RankProgram::begin(CallState& state, std::vector<Move> saved_moves) {
   all_tensors_.push_back(state.tensors);
   feplb::CallHeader header = header_of(call);
   header.plan_hash = call.kind == CallKind::kBackward ? feplb::hash_moves(saved_moves) : 0;
-  const std::uintptr_t stream = two_streams_ ? random_.below(2) : 0;
-  domain_.bind_compute(stream);
+  if (streams_.size() > 1) stream_ = streams_[random_.below(streams_.size())];
+  domain_.bind_compute(stream_);
   state.seq = domain_.begin(std::move(header), std::move(saved_moves));
-  launch_([tensors = state.tensors] { tensors->fill(); });
+  launch([tensors = state.tensors] { tensors->fill(); });
   const feplb::Agreement& agreement = domain_.wait_plan();
   CHECK_EQ(agreement.refusal.empty(), call.refused_by < 0);
   if (!agreement.refusal.empty()) {
@@ -143,7 +144,7 @@ void RankProgram::run_forward(const Call& call) {
   run_kept(state, true);
   domain_.await_rows();
   for (const RoutedMove& move : state.route.received) {
-    launch_([view = state.view, move] { view.run_forward(move); });
+    launch([view = state.view, move] { view.run_forward(move); });
   }
   domain_.release_weights();
   domain_.release_rows();
@@ -173,20 +174,20 @@ void RankProgram::run_kept(const CallState& state, bool is_part_a) {
   std::vector<RowRange> part(is_part_a ? state.kept.begin() : middle,
                              is_part_a ? middle : state.kept.end());
   if (part.empty()) return;
-  launch_([tensors = state.tensors, part] {
+  launch([tensors = state.tensors, part] {
     for (const RowRange& range : part) tensors->run(range);
   });
 }
 
 void RankProgram::run_received_backward(const CallState& state) {
   for (const RoutedMove& move : state.route.received) {
-    launch_([view = state.view, move] { view.run_backward_rows(move); });
+    launch([view = state.view, move] { view.run_backward_rows(move); });
   }
   domain_.release_weights();
   domain_.post_returns();
   if (!state.route.received.empty()) domain_.await_grad_outbox();
   for (const RoutedMove& move : state.route.received) {
-    launch_([view = state.view, move] { view.run_backward_weights(move); });
+    launch([view = state.view, move] { view.run_backward_weights(move); });
   }
   domain_.release_rows();
   const bool received = !state.route.received.empty();
@@ -196,7 +197,7 @@ void RankProgram::run_received_backward(const CallState& state) {
 void RankProgram::bring_home(const CallState& state) {
   domain_.await_returns();
   for (const RoutedMove& move : state.route.sent) {
-    launch_([tensors = state.tensors, view = state.view, move] { tensors->place(move, view); });
+    launch([tensors = state.tensors, view = state.view, move] { tensors->place(move, view); });
   }
   domain_.release_returns();
   domain_.finish();
@@ -205,7 +206,7 @@ void RankProgram::bring_home(const CallState& state) {
 // run_experts has returned: its results are used, and its inputs are somebody else's memory.
 void RankProgram::let_go(const Tensors& tensors, bool check_results) {
   ++num_let_go_;
-  launch_([this, tensors, check_results] {
+  launch([this, tensors, check_results] {
     if (check_results) verdict_.expect_right(tensors->wrong_rows());
     verdict_.forbid(tensors->inputs_memory());
     tensors->overwrite();
@@ -224,14 +225,13 @@ void RankProgram::add_late_grads() {
   if (!helpers.empty()) {
     domain_.await_grads(state.seq, helpers);
     for (const RoutedMove& move : state.route.sent) {
-      launch_([tensors = state.tensors, view = state.view, move] {
+      launch([tensors = state.tensors, view = state.view, move] {
         tensors->add_late_grads(move, view);
       });
     }
     domain_.release_grads(state.seq);
   }
-  launch_(
-      [this, tensors = state.tensors] { verdict_.expect_right(tensors->wrong_weight_grads()); });
+  launch([this, tensors = state.tensors] { verdict_.expect_right(tensors->wrong_weight_grads()); });
 }
 
 }  // namespace feplb_test

@@ -1,6 +1,6 @@
 // What one rank does with its Domain: the calls of a scenario, in the order in which two_phase.py
-// makes them. The same program runs on every lane; only `launch` differs (a kernel on the simulated
-// compute stream, or a plain call).
+// makes them. The same program runs on every lane; only `launch` differs (a kernel on a compute
+// stream, or a plain call).
 #pragma once
 
 #include <functional>
@@ -41,13 +41,13 @@ class Verdict {
 
 class RankProgram {
  public:
-  using Launch = std::function<void(std::function<void()>)>;
+  using Launch = std::function<void(std::uintptr_t stream, std::function<void()> kernel)>;
 
-  // With `two_streams` each call binds one of two compute streams, which nothing else orders.
+  // Each call binds one of the compute streams, which nothing else orders.
   struct Config {
     int rank = 0;
     uint64_t seed = 0;
-    bool two_streams = false;
+    std::vector<std::uintptr_t> streams = {0};
   };
   RankProgram(feplb::Domain& domain, Launch launch, const Scenario& scenario, Config config,
               Verdict& verdict);
@@ -78,13 +78,15 @@ class RankProgram {
   void bring_home(const CallState& state);
   void let_go(const Tensors& tensors, bool check_results);
   void add_late_grads();
+  void launch(std::function<void()> kernel) const { launch_(stream_, std::move(kernel)); }
   std::vector<feplb::Move> backward_moves(const Call& call) const;
 
   feplb::Domain& domain_;
   const Launch launch_;
   const Scenario& scenario_;
   const int rank_;
-  const bool two_streams_;
+  const std::vector<std::uintptr_t> streams_;
+  std::uintptr_t stream_;  // bound last
   Verdict& verdict_;
   feplb::SimRandom random_;                                        // what ranks may do differently
   std::map<std::pair<int, int>, std::vector<feplb::Move>> plans_;  // (micro-batch, layer)

@@ -25,13 +25,22 @@ Ranks::Ranks(int num_ranks, double deadline_s, std::vector<feplb::LayerShape> la
     : config_(config_of(num_ranks, deadline_s, std::move(layers))),
       board_memory_(feplb::CountBoard::bytes_needed(num_ranks, kNumExperts)),
       board_(board_memory_.data(), num_ranks, kNumExperts) {
-  const feplb::ArenaLayout layout(config_.layers, kNumSlots, kNumSlots);
-  for (int rank = 0; rank < num_ranks; ++rank) arenas_.emplace_back(layout.total_bytes());
+  for (int rank = 0; rank < num_ranks; ++rank) arenas_.emplace_back(arena_bytes());
 }
 
 // Lanes copy into peers' arenas until they are stopped.
-Ranks::~Ranks() {
+Ranks::~Ranks() { close(); }
+
+void Ranks::close() {
   for (auto& domain : domains_) domain->close();
+}
+
+std::size_t Ranks::board_bytes() const {
+  return feplb::CountBoard::bytes_needed(size(), kNumExperts);
+}
+
+std::size_t Ranks::arena_bytes() const {
+  return feplb::ArenaLayout(config_.layers, kNumSlots, kNumSlots).total_bytes();
 }
 
 void Ranks::make_domains(const MakeDevice& make_device) {

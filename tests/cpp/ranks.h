@@ -22,6 +22,8 @@ class Ranks {
                  std::vector<feplb::LayerShape> layers = layer_shapes());
   ~Ranks();
 
+  // Of the process that peers take `rank` to be; before make_domains.
+  void set_pid(int rank, pid_t pid) { config_.pids[static_cast<std::size_t>(rank)] = pid; }
   void make_domains(const MakeDevice& make_device);
   // Opens all domains, runs `program` for each rank in a thread of its own, returns what it threw
   // ("" where it returned). Domains stay open.
@@ -29,6 +31,11 @@ class Ranks {
 
   int size() const { return config_.num_ranks; }
   feplb::CountBoard& board() { return board_; }
+  std::byte* board_data() { return board_memory_.data(); }
+  std::size_t board_bytes() const;
+  std::byte* arena(int rank) { return arenas_[static_cast<std::size_t>(rank)].data(); }
+  std::size_t arena_bytes() const;
+  void close();
   feplb::Domain& domain(int rank) { return *domains_[static_cast<std::size_t>(rank)]; }
 
  private:

@@ -80,11 +80,13 @@ SimRunResult Simulation::run() {
 
 void Simulation::run_rank(int rank) {
   feplb::SimDevice* device = devices_[static_cast<std::size_t>(rank)];
-  const auto launch = [device](std::function<void()> kernel) { device->launch(std::move(kernel)); };
+  const auto launch = [device](std::uintptr_t, std::function<void()> kernel) {
+    device->launch(std::move(kernel));
+  };
   RankProgram::Config config;
   config.rank = rank;
   config.seed = seed_;
-  config.two_streams = options_.two_streams;
+  if (options_.two_streams) config.streams = {0, 1};
   RankProgram program(ranks_.domain(rank), launch, scenario_, config, verdict_);
   const feplb::SimWorld::Turn turn(*world_, rank);
   try {

@@ -21,7 +21,7 @@ Ranks::MakeDevice host_devices() {
 // Kernels run at once; now and then one takes long. Sleeping disturbs, nobody waits by it.
 RankProgram::Launch slow_now_and_then(uint64_t seed) {
   auto random = std::make_shared<feplb::SimRandom>(seed);
-  return [random](const std::function<void()>& kernel) {
+  return [random](std::uintptr_t, const std::function<void()>& kernel) {
     if (random->one_in(40)) {
       std::this_thread::sleep_for(std::chrono::microseconds(random->below(300)));
     }
@@ -78,7 +78,7 @@ TEST(host_calls_without_moves_take_no_naps) {
   const auto errors = ranks.run([&](int rank) {
     RankProgram::Config config;
     config.rank = rank;
-    const auto launch = [](const std::function<void()>& kernel) {
+    const auto launch = [](std::uintptr_t, const std::function<void()>& kernel) {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));  // long enough to fall asleep
       kernel();
     };
@@ -120,7 +120,7 @@ TEST(host_failure_of_one_rank_ends_all) {
     RankProgram::Config config;
     config.rank = rank;
     int num_kernels = 0;
-    const auto launch = [&](const std::function<void()>& kernel) {
+    const auto launch = [&](std::uintptr_t, const std::function<void()>& kernel) {
       if (rank == 2 && ++num_kernels == 100) throw std::runtime_error("kernel 100 failed");
       kernel();
     };

@@ -4,10 +4,19 @@
 //   STAND_IN_GPUS=2            GPUs in the machine
 //   STAND_IN_VERSION=13000     CUDA version that the driver supports
 //   STAND_IN_CALL_NS=6000      what every call that submits work costs
-//   STAND_IN_FAIL=cuMemSetAccess:217:0    this call fails with this code, after so many that did
-//   not STAND_IN_BLOCK=cuMemcpyBatchAsync:50  this call is held for so many milliseconds
+//   STAND_IN_FAIL=cuMemSetAccess:217:3    this call fails with this code, after 3 that did not
+//   STAND_IN_BLOCK=cuMemcpyBatchAsync:50  this call is held for so many milliseconds
+//   STAND_IN_CAPTURING=1       what cuStreamIsCapturing says of every stream
+//   STAND_IN_JITTER_US=200     operations start late, by up to so much
+//   STAND_IN_ONE_QUEUE=1       a GPU's streams share one hardware queue: what was submitted before,
+//                              in whatever stream, has ended before the next one starts
+//   STAND_IN_ONE_LOCK=1        one lock per GPU: calls that submit take it, and cuMemFree and
+//                              cuMemAlloc hold it until everything submitted has run
+//   STAND_IN_QUEUE_DEPTH=8     with the one lock: a call that submits holds it until its stream has
+//                              so few operations to do
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -42,9 +51,15 @@ class Ledger {
     return *ledger;
   }
 
-  int num_gpus = 1;
+  std::atomic<int> num_gpus{1};
   int version = 13000;
-  int64_t call_ns = 0;
+  std::atomic<int64_t> call_ns{0};
+  std::atomic<int> capturing{0};
+  std::atomic<int64_t> jitter_us{0};
+  std::atomic<bool> one_queue{false};
+  std::atomic<bool> one_lock{false};
+  std::atomic<int64_t> queue_depth{0};
+  std::atomic<bool> shares_pins{false};
 
   // Writes a call down; 0, or the code it shall fail with.
   int enter(const char* symbol, bool submits) {
@@ -55,6 +70,7 @@ class Ledger {
       const int64_t before = calls_[symbol]++;
       const auto failing = failing_.find(symbol);
       if (failing != failing_.end() && before >= failing->second.after) code = failing->second.code;
+      if (code != 0) ++failures_;
       const auto blocking = blocking_.find(symbol);
       if (blocking != blocking_.end()) held_ms = blocking->second;
     }
@@ -84,6 +100,20 @@ class Ledger {
     return all;
   }
 
+  // How many calls were told to fail so far.
+  int64_t failures() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return failures_;
+  }
+
+  // Things that the driver made and that nobody has given back: "stream", "pin", ...
+  void made(const char* kind) { count(kind, 1); }
+  void gone(const char* kind) { count(kind, -1); }
+  int64_t alive(const std::string& kind) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return alive_[kind];
+  }
+
   void fail(const std::string& symbol, int code, int64_t after) {
     const std::lock_guard<std::mutex> lock(mutex_);
     failing_[symbol] = Failing{code, calls_[symbol] + after};
@@ -99,6 +129,11 @@ class Ledger {
     num_gpus = static_cast<int>(number("STAND_IN_GPUS", num_gpus));
     version = static_cast<int>(number("STAND_IN_VERSION", version));
     call_ns = number("STAND_IN_CALL_NS", 0);
+    capturing = static_cast<int>(number("STAND_IN_CAPTURING", 0));
+    jitter_us = number("STAND_IN_JITTER_US", 0);
+    one_queue = number("STAND_IN_ONE_QUEUE", 0) != 0;
+    one_lock = number("STAND_IN_ONE_LOCK", 0) != 0;
+    queue_depth = number("STAND_IN_QUEUE_DEPTH", 0);
     std::istringstream failing(text("STAND_IN_FAIL"));
     std::string symbol, code, after;
     if (std::getline(failing, symbol, ':') && std::getline(failing, code, ':')) {
@@ -121,6 +156,10 @@ class Ledger {
     log_.push_back(entry);
   }
 
+  void count(const char* kind, int64_t by) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    alive_[kind] += by;
+  }
   static std::string text(const char* name) {
     const char* value = std::getenv(name);
     return value == nullptr ? "" : value;
@@ -136,6 +175,9 @@ class Ledger {
   std::map<std::string, int64_t> calls_;
   std::map<std::string, Failing> failing_;
   std::map<std::string, int64_t> blocking_;
+  std::map<std::string, int64_t> alive_;
+  int64_t failures_ = 0;
+  std::atomic<int64_t> last_copy_ns_{0};
 };
 
 }  // namespace stand_in

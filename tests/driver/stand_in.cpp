@@ -22,6 +22,7 @@ constexpr Result kInvalidContext = 201;
 constexpr Result kInvalidHandle = 400;
 constexpr Result kNotFound = 500;
 constexpr Result kIllegalAddress = 700;
+constexpr Result kAlreadyRegistered = 712;
 
 struct ContextRecord {
   int device;
@@ -30,14 +31,31 @@ thread_local std::vector<Context> current;
 
 bool has_context() { return !current.empty() && current.back() != nullptr; }
 
-StreamThread* thread_of(Stream stream) { return reinterpret_cast<StreamThread*>(stream); }
+int current_device() { return reinterpret_cast<ContextRecord*>(current.back())->device; }
+
+StreamRecord* record_of(Stream stream) { return reinterpret_cast<StreamRecord*>(stream); }
+
+// The lock of the current context, where there is one lock.
+class DriverLock {
+ public:
+  DriverLock() {
+    if (!Ledger::the().one_lock) return;
+    lock_ = std::unique_lock<std::mutex>(Gpu::of(current_device()).driver_lock());
+  }
+
+ private:
+  std::unique_lock<std::mutex> lock_;
+};
 
 void enqueue(Stream stream, Operation operation) {
   if (stream == nullptr) {
     operation();
-  } else {
-    thread_of(stream)->add(std::move(operation));
+    return;
   }
+  Queue& queue = *record_of(stream)->queue;
+  queue.add(std::move(operation));
+  const int64_t depth = Ledger::the().queue_depth.load();
+  if (depth > 0) queue.wait_for(static_cast<std::size_t>(depth));
 }
 
 // Plain memory of the process stands for tensors: it may be read from anywhere, and the caller's
@@ -81,13 +99,16 @@ using namespace stand_in;
   if (const int code = Ledger::the().enter(symbol, submits); code != 0) return code
 #define STAND_IN_NEEDS_CONTEXT() \
   if (!has_context()) return kInvalidContext
+#define STAND_IN_SUBMITS(symbol) \
+  STAND_IN_ENTER(symbol, true);  \
+  STAND_IN_NEEDS_CONTEXT();      \
+  const DriverLock driver_lock
 
 extern "C" {
 
 int feplb_driver_stand_in = 1;
 
-// ---------------------------------------------------------------------------- for tests and
-// benches
+// --------------------------------------------------------------------------- for tests, benches
 
 int64_t stand_in_calls(const char* symbol) { return Ledger::the().calls(symbol); }
 // Moves at most `most` submissions into `out`, oldest first; returns how many.
@@ -102,14 +123,37 @@ void stand_in_fail(const char* symbol, int code, int64_t after) {
 }
 void stand_in_block(const char* symbol, int64_t ms) { Ledger::the().block(symbol, ms); }
 void stand_in_set_call_ns(int64_t ns) { Ledger::the().call_ns = ns; }
+void stand_in_set_gpus(int count) { Ledger::the().num_gpus = count; }
+void stand_in_set_capturing(int status) { Ledger::the().capturing = status; }
+void stand_in_set_jitter_us(int64_t us) { Ledger::the().jitter_us = us; }
+// For streams to come.
+void stand_in_set_one_queue(int on) { Ledger::the().one_queue = on != 0; }
+void stand_in_set_one_lock(int on) { Ledger::the().one_lock = on != 0; }
+void stand_in_set_queue_depth(int64_t depth) { Ledger::the().queue_depth = depth; }
+int64_t stand_in_failures() { return Ledger::the().failures(); }
+int64_t stand_in_alive(const char* kind) { return Ledger::the().alive(kind); }
 
-// A kernel: runs in its place in the stream.
-void stand_in_launch(Stream stream, void (*kernel)(void*), void* argument) {
-  enqueue(stream, [kernel, argument] { kernel(argument); });
+// Ranks that are threads of one process pin one board, each for itself. (The real driver refuses
+// the second.)
+void stand_in_share_pins(int on) { Ledger::the().shares_pins = on != 0; }
+
+// Host memory that is a GPU's from here on, and that is none any more.
+void stand_in_adopt(void* memory, std::size_t bytes) {
+  Memory::the().add(reinterpret_cast<Address>(memory), Block{bytes, -1, true});
+}
+void stand_in_disown(void* memory) {
+  Block block;
+  Memory::the().take(reinterpret_cast<Address>(memory), block);
 }
 
-// ---------------------------------------------------------------------------------- driver,
-// devices
+// A kernel: runs in its place in the stream. Launching is a call of the driver.
+Result stand_in_launch(Stream stream, void (*kernel)(void*), void* argument) {
+  STAND_IN_SUBMITS("launch");
+  enqueue(stream, [kernel, argument] { kernel(argument); });
+  return kSuccess;
+}
+
+// ------------------------------------------------------------------------------ driver, devices
 
 Result cuInit(unsigned) {
   STAND_IN_ENTER("cuInit", false);
@@ -117,6 +161,7 @@ Result cuInit(unsigned) {
 }
 
 Result cuDriverGetVersion(int* version) {
+  STAND_IN_ENTER("cuDriverGetVersion", false);
   *version = Ledger::the().version;
   return kSuccess;
 }
@@ -137,6 +182,7 @@ Result cuGetErrorString(Result, const char** text) {
 }
 
 Result cuDeviceGetCount(int* count) {
+  STAND_IN_ENTER("cuDeviceGetCount", false);
   *count = Ledger::the().num_gpus;
   return kSuccess;
 }
@@ -149,11 +195,13 @@ Result cuDeviceGet(Device* device, int ordinal) {
 }
 
 Result cuDeviceGetName(char* name, int length, Device) {
+  STAND_IN_ENTER("cuDeviceGetName", false);
   std::strncpy(name, "Stand-in GPU", static_cast<std::size_t>(length));
   return kSuccess;
 }
 
 Result cuDeviceGetUuid(Uuid* uuid, Device device) {
+  STAND_IN_ENTER("cuDeviceGetUuid", false);
   std::memset(uuid, device, sizeof(*uuid));
   return kSuccess;
 }
@@ -179,12 +227,18 @@ Result cuDevicePrimaryCtxRetain(Context* context, Device device) {
   static ContextRecord records[64];
   records[device].device = device;
   *context = reinterpret_cast<Context>(&records[device]);
+  Ledger::the().made("context");
   return kSuccess;
 }
 
-Result cuDevicePrimaryCtxRelease(Device) { return kSuccess; }
+Result cuDevicePrimaryCtxRelease(Device) {
+  STAND_IN_ENTER("cuDevicePrimaryCtxRelease", false);
+  Ledger::the().gone("context");
+  return kSuccess;
+}
 
 Result cuCtxGetCurrent(Context* context) {
+  STAND_IN_ENTER("cuCtxGetCurrent", false);
   *context = has_context() ? current.back() : nullptr;
   return kSuccess;
 }
@@ -197,11 +251,13 @@ Result cuCtxSetCurrent(Context context) {
 }
 
 Result cuCtxPushCurrent(Context context) {
+  STAND_IN_ENTER("cuCtxPushCurrent", false);
   current.push_back(context);
   return kSuccess;
 }
 
 Result cuCtxPopCurrent(Context* context) {
+  STAND_IN_ENTER("cuCtxPopCurrent", false);
   if (current.empty()) return kInvalidContext;
   *context = current.back();
   current.pop_back();
@@ -210,48 +266,53 @@ Result cuCtxPopCurrent(Context* context) {
 
 Result cuCtxEnablePeerAccess(Context, unsigned) { return kSuccess; }
 
-// -------------------------------------------------------------------------------- streams and
-// events
+// ---------------------------------------------------------------------------- streams and events
 
 Result cuStreamCreate(Stream* stream, unsigned flags) {
   STAND_IN_ENTER("cuStreamCreate", false);
   STAND_IN_NEEDS_CONTEXT();
   if (flags != kStreamNonBlocking) return kInvalidValue;
-  *stream = reinterpret_cast<Stream>(new StreamThread);
+  *stream = reinterpret_cast<Stream>(new StreamRecord{Gpu::of(current_device()).make_queue()});
+  Ledger::the().made("stream");
   return kSuccess;
 }
 
 Result cuStreamDestroy(Stream stream) {
-  delete thread_of(stream);
+  STAND_IN_ENTER("cuStreamDestroy", false);
+  delete record_of(stream);
+  Ledger::the().gone("stream");
   return kSuccess;
 }
 
 Result cuStreamSynchronize(Stream stream) {
   STAND_IN_ENTER("cuStreamSynchronize", false);
-  if (stream != nullptr) thread_of(stream)->synchronize();
+  if (stream != nullptr) record_of(stream)->queue->wait_for(0);
   return kSuccess;
 }
 
 Result cuStreamIsCapturing(Stream, int* status) {
   STAND_IN_ENTER("cuStreamIsCapturing", false);
-  *status = 0;
+  *status = Ledger::the().capturing;
   return kSuccess;
 }
 
 Result cuEventCreate(EventHandle* event, unsigned) {
+  STAND_IN_ENTER("cuEventCreate", false);
   STAND_IN_NEEDS_CONTEXT();
   *event = reinterpret_cast<EventHandle>(new EventRecord);
+  Ledger::the().made("event");
   return kSuccess;
 }
 
 Result cuEventDestroy(EventHandle event) {
+  STAND_IN_ENTER("cuEventDestroy", false);
   delete reinterpret_cast<EventRecord*>(event);
+  Ledger::the().gone("event");
   return kSuccess;
 }
 
 Result cuEventRecord(EventHandle event, Stream stream) {
-  STAND_IN_ENTER("cuEventRecord", true);
-  STAND_IN_NEEDS_CONTEXT();
+  STAND_IN_SUBMITS("cuEventRecord");
   auto* record = reinterpret_cast<EventRecord*>(event);
   const auto point = std::make_shared<Point>();
   {
@@ -263,8 +324,7 @@ Result cuEventRecord(EventHandle event, Stream stream) {
 }
 
 Result cuStreamWaitEvent(Stream stream, EventHandle event, unsigned) {
-  STAND_IN_ENTER("cuStreamWaitEvent", true);
-  STAND_IN_NEEDS_CONTEXT();
+  STAND_IN_SUBMITS("cuStreamWaitEvent");
   const auto point = reinterpret_cast<EventRecord*>(event)->latest();
   if (point == nullptr) return kSuccess;
   enqueue(stream, [point] {
@@ -274,8 +334,7 @@ Result cuStreamWaitEvent(Stream stream, EventHandle event, unsigned) {
 }
 
 Result cuStreamBatchMemOp(Stream stream, unsigned count, MemOp* ops, unsigned flags) {
-  STAND_IN_ENTER("cuStreamBatchMemOp", true);
-  STAND_IN_NEEDS_CONTEXT();
+  STAND_IN_SUBMITS("cuStreamBatchMemOp");
   if (count >= 256 || flags != 0) return kInvalidValue;
   for (unsigned i = 0; i < count; ++i) {
     const Result result =
@@ -286,26 +345,22 @@ Result cuStreamBatchMemOp(Stream stream, unsigned count, MemOp* ops, unsigned fl
 }
 
 Result cuStreamWaitValue32(Stream stream, Address address, uint32_t value, unsigned flags) {
-  STAND_IN_ENTER("cuStreamWaitValue32", true);
-  STAND_IN_NEEDS_CONTEXT();
+  STAND_IN_SUBMITS("cuStreamWaitValue32");
   return flags != kWaitAtLeast ? kInvalidValue
                                : enqueue_mem_op(stream, kWaitValue32, address, value);
 }
 
 Result cuStreamWriteValue32(Stream stream, Address address, uint32_t value, unsigned) {
-  STAND_IN_ENTER("cuStreamWriteValue32", true);
-  STAND_IN_NEEDS_CONTEXT();
+  STAND_IN_SUBMITS("cuStreamWriteValue32");
   return enqueue_mem_op(stream, kWriteValue32, address, value);
 }
 
-// -------------------------------------------------------------------------------------------
-// copies
+// ---------------------------------------------------------------------------------------- copies
 
 Result cuMemcpyBatchAsync(Address* destinations, Address* sources, std::size_t* sizes,
                           std::size_t count, CopyAttributes* attributes, std::size_t* first,
                           std::size_t num_attributes, std::size_t* failed, Stream stream) {
-  STAND_IN_ENTER("cuMemcpyBatchAsync", true);
-  STAND_IN_NEEDS_CONTEXT();
+  STAND_IN_SUBMITS("cuMemcpyBatchAsync");
   if (stream == nullptr || count == 0 || num_attributes != 1 || first[0] != 0 ||
       attributes->source_access_order != kSourceInStreamOrder) {
     return kInvalidValue;
@@ -325,20 +380,19 @@ Result cuMemcpyBatchAsync(Address* destinations, Address* sources, std::size_t* 
 
 static Result copy_in_stream(Address destination, Address source, std::size_t bytes,
                              Stream stream) {
-  STAND_IN_NEEDS_CONTEXT();
   if (!may_write(destination, bytes)) return kInvalidValue;
   enqueue(stream, [=] { copy_now(destination, source, bytes); });
   return kSuccess;
 }
 
 Result cuMemcpyAsync(Address destination, Address source, std::size_t bytes, Stream stream) {
-  STAND_IN_ENTER("cuMemcpyAsync", true);
+  STAND_IN_SUBMITS("cuMemcpyAsync");
   return copy_in_stream(destination, source, bytes, stream);
 }
 
 Result cuMemcpyPeerAsync(Address destination, Context destination_context, Address source,
                          Context source_context, std::size_t bytes, Stream stream) {
-  STAND_IN_ENTER("cuMemcpyPeerAsync", true);
+  STAND_IN_SUBMITS("cuMemcpyPeerAsync");
   if (destination_context == nullptr || source_context == nullptr) return kInvalidContext;
   return copy_in_stream(destination, source, bytes, stream);
 }
@@ -352,31 +406,39 @@ Result cuMemcpyHtoD(Address destination, const void* source, std::size_t bytes) 
 }
 
 Result cuMemcpyDtoH(void* destination, Address source, std::size_t bytes) {
+  STAND_IN_ENTER("cuMemcpyDtoH", false);
   STAND_IN_NEEDS_CONTEXT();
   if (!may_write(source, bytes)) return kInvalidValue;
   copy_now(reinterpret_cast<Address>(destination), source, bytes);
   return kSuccess;
 }
 
-// -------------------------------------------------------------------------------------------
-// memory
+// ---------------------------------------------------------------------------------------- memory
 
 Result cuMemAlloc(Address* address, std::size_t bytes) {
   STAND_IN_ENTER("cuMemAlloc", false);
   STAND_IN_NEEDS_CONTEXT();
+  const DriverLock driver_lock;
+  if (Ledger::the().one_lock) Gpu::of(current_device()).drain();
   const int fd = Memory::make_fd(bytes);
   void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (fd < 0 || mapped == MAP_FAILED) return kOutOfMemory;
   *address = reinterpret_cast<Address>(mapped);
   Memory::the().add(*address, Block{bytes, fd, true});
+  Ledger::the().made("allocation");
   return kSuccess;
 }
 
 Result cuMemFree(Address address) {
+  STAND_IN_ENTER("cuMemFree", false);
+  STAND_IN_NEEDS_CONTEXT();
+  const DriverLock driver_lock;
+  if (Ledger::the().one_lock) Gpu::of(current_device()).drain();
   Block block;
   if (!Memory::the().take(address, block)) return kInvalidValue;
   munmap(reinterpret_cast<void*>(address), block.bytes);
   close(block.fd);
+  Ledger::the().gone("allocation");
   return kSuccess;
 }
 
@@ -411,52 +473,69 @@ Result cuIpcOpenMemHandle(Address* address, IpcHandle handle, unsigned flags) {
   if (mapped == MAP_FAILED) return kOutOfMemory;
   *address = reinterpret_cast<Address>(mapped);
   Memory::the().add(*address, Block{content.bytes, -1, true});
+  Ledger::the().made("ipc mapping");
   return kSuccess;
 }
 
 Result cuIpcCloseMemHandle(Address address) {
+  STAND_IN_ENTER("cuIpcCloseMemHandle", false);
   Block block;
   if (!Memory::the().take(address, block)) return kInvalidValue;
   munmap(reinterpret_cast<void*>(address), block.bytes);
+  Ledger::the().gone("ipc mapping");
   return kSuccess;
 }
+
+struct Pin {
+  void* alias = nullptr;  // where the GPU sees it
+  std::size_t bytes = 0;
+  int count = 0;
+};
+static std::mutex pins_mutex;
+static std::map<void*, Pin> pins;
 
 // Shared pages get a second address; private ones keep theirs.
-Result cuMemHostRegister(void* address, std::size_t bytes, unsigned) {
+Result cuMemHostRegister(void* address, std::size_t bytes, unsigned flags) {
   STAND_IN_ENTER("cuMemHostRegister", false);
   STAND_IN_NEEDS_CONTEXT();
-  Memory::the().add(reinterpret_cast<Address>(address), Block{bytes, -1, false});
+  if (flags != (kHostRegisterPortable | kHostRegisterDeviceMap)) return kInvalidValue;
+  const std::lock_guard<std::mutex> lock(pins_mutex);
+  Pin& pin = pins[address];
+  if (pin.count > 0 && !Ledger::the().shares_pins) return kAlreadyRegistered;
+  Ledger::the().made("pin");
+  if (pin.count++ > 0) return kSuccess;
+  pin.bytes = bytes;
+  pin.alias = mremap(address, 0, bytes, MREMAP_MAYMOVE);
+  if (pin.alias == MAP_FAILED) pin.alias = address;
+  Memory::the().add(reinterpret_cast<Address>(pin.alias), Block{bytes, -1, true});
   return kSuccess;
 }
-
-static std::mutex aliases_mutex;
-static std::map<void*, std::pair<void*, std::size_t>> aliases;
 
 Result cuMemHostGetDevicePointer(Address* device, void* host, unsigned) {
   STAND_IN_ENTER("cuMemHostGetDevicePointer", false);
-  Block block;
-  if (!Memory::the().take(reinterpret_cast<Address>(host), block)) return kInvalidValue;
-  void* alias = mremap(host, 0, block.bytes, MREMAP_MAYMOVE);
-  if (alias == MAP_FAILED) alias = host;
-  *device = reinterpret_cast<Address>(alias);
-  Memory::the().add(*device, Block{block.bytes, -1, true});
-  const std::lock_guard<std::mutex> lock(aliases_mutex);
-  aliases[host] = {alias, block.bytes};
+  const std::lock_guard<std::mutex> lock(pins_mutex);
+  const auto found = pins.find(host);
+  if (found == pins.end()) return kInvalidValue;
+  *device = reinterpret_cast<Address>(found->second.alias);
   return kSuccess;
 }
 
 Result cuMemHostUnregister(void* host) {
-  const std::lock_guard<std::mutex> lock(aliases_mutex);
-  const auto found = aliases.find(host);
-  if (found == aliases.end()) return kInvalidValue;
+  STAND_IN_ENTER("cuMemHostUnregister", false);
+  const std::lock_guard<std::mutex> lock(pins_mutex);
+  const auto found = pins.find(host);
+  if (found == pins.end()) return kInvalidValue;
+  Ledger::the().gone("pin");
+  if (--found->second.count > 0) return kSuccess;
   Block block;
-  Memory::the().take(reinterpret_cast<Address>(found->second.first), block);
-  if (found->second.first != host) munmap(found->second.first, found->second.second);
-  aliases.erase(found);
+  Memory::the().take(reinterpret_cast<Address>(found->second.alias), block);
+  if (found->second.alias != host) munmap(found->second.alias, found->second.bytes);
+  pins.erase(found);
   return kSuccess;
 }
 
 Result cuMemGetAllocationGranularity(std::size_t* bytes, const AllocationProperties*, int) {
+  STAND_IN_ENTER("cuMemGetAllocationGranularity", false);
   *bytes = kPage;
   return kSuccess;
 }
@@ -468,10 +547,13 @@ Result cuMemCreate(AllocationHandle* handle, std::size_t bytes,
   const int fd = Memory::make_fd(bytes);
   if (fd < 0) return kOutOfMemory;
   *handle = static_cast<AllocationHandle>(fd) + 1;
+  Ledger::the().made("physical memory");
   return kSuccess;
 }
 
 Result cuMemRelease(AllocationHandle handle) {
+  STAND_IN_ENTER("cuMemRelease", false);
+  Ledger::the().gone("physical memory");
   close(static_cast<int>(handle) - 1);
   return kSuccess;
 }
@@ -489,6 +571,7 @@ Result cuMemImportFromShareableHandle(AllocationHandle* handle, void* shareable,
   const int fd = dup(static_cast<int>(reinterpret_cast<std::intptr_t>(shareable)));
   if (type != kHandlePosix || fd < 0) return kInvalidHandle;
   *handle = static_cast<AllocationHandle>(fd) + 1;
+  Ledger::the().made("physical memory");
   return kSuccess;
 }
 
@@ -498,10 +581,13 @@ Result cuMemAddressReserve(Address* address, std::size_t bytes, std::size_t, Add
   void* reserved = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (reserved == MAP_FAILED) return kOutOfMemory;
   *address = reinterpret_cast<Address>(reserved);
+  Ledger::the().made("reservation");
   return kSuccess;
 }
 
 Result cuMemAddressFree(Address address, std::size_t bytes) {
+  STAND_IN_ENTER("cuMemAddressFree", false);
+  Ledger::the().gone("reservation");
   munmap(reinterpret_cast<void*>(address), bytes);
   return kSuccess;
 }
@@ -513,12 +599,15 @@ Result cuMemMap(Address address, std::size_t bytes, std::size_t, AllocationHandl
                       static_cast<int>(handle) - 1, 0);
   if (mapped == MAP_FAILED) return kInvalidValue;
   Memory::the().add(address, Block{bytes, -1, false});
+  Ledger::the().made("mapping");
   return kSuccess;
 }
 
 Result cuMemUnmap(Address address, std::size_t bytes) {
+  STAND_IN_ENTER("cuMemUnmap", false);
   Block block;
   if (!Memory::the().take(address, block)) return kInvalidValue;
+  Ledger::the().gone("mapping");
   mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED,
        -1, 0);
   return kSuccess;

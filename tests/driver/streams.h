@@ -1,7 +1,9 @@
-// Streams and events of the stand-in driver: each stream has a thread that runs its operations in
-// order; stream 0 runs them at once, on the thread that enqueues (a GPU that is never behind).
+// Streams and events of the stand-in driver. A stream is a queue of operations with a thread that
+// runs them in order, or shares its GPU's only queue; stream 0 runs them at once, on the thread
+// that enqueues (a GPU that is never behind).
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -9,7 +11,11 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <thread>
+#include <vector>
+
+#include "ledger.h"
 
 namespace stand_in {
 
@@ -17,16 +23,17 @@ using Operation = std::function<void()>;
 
 inline void pause_briefly() { std::this_thread::sleep_for(std::chrono::microseconds(20)); }
 
-class StreamThread {
+class Queue {
  public:
-  StreamThread() : thread_([this] { run(); }) {}
-  ~StreamThread() {
+  Queue() : thread_([this] { run(); }) { Ledger::the().made("queue"); }
+  ~Queue() {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       ending_ = true;
     }
     changed_.notify_all();
     thread_.join();
+    Ledger::the().gone("queue");
   }
 
   void add(Operation operation) {
@@ -37,13 +44,16 @@ class StreamThread {
     changed_.notify_all();
   }
 
-  void synchronize() {
+  // Until no more than this many operations are left to be done.
+  void wait_for(std::size_t num_left) {
     std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait(lock, [this] { return operations_.empty() && !running_; });
+    changed_.wait(lock, [&] { return operations_.size() + (running_ ? 1 : 0) <= num_left; });
   }
 
  private:
   void run() {
+    static std::atomic<unsigned> seed{1};
+    std::minstd_rand random(seed.fetch_add(1));
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
       changed_.wait(lock, [this] { return ending_ || !operations_.empty(); });
@@ -52,6 +62,11 @@ class StreamThread {
       operations_.pop_front();
       running_ = true;
       lock.unlock();
+      const int64_t most_us = Ledger::the().jitter_us.load();
+      if (most_us > 0 && random() % 4 == 0) {
+        std::this_thread::sleep_for(
+            std::chrono::microseconds(random() % static_cast<unsigned>(most_us)));
+      }
       operation();
       lock.lock();
       running_ = false;
@@ -65,6 +80,47 @@ class StreamThread {
   bool running_ = false;
   bool ending_ = false;
   std::thread thread_;
+};
+
+// One GPU's streams and the lock of its context.
+class Gpu {
+ public:
+  static Gpu& of(int device) {
+    static std::array<Gpu, 64>* gpus = new std::array<Gpu, 64>;
+    return (*gpus)[static_cast<std::size_t>(device)];
+  }
+
+  std::shared_ptr<Queue> make_queue() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::shared_ptr<Queue> queue = Ledger::the().one_queue ? only_.lock() : nullptr;
+    if (queue == nullptr) queue = std::make_shared<Queue>();
+    if (Ledger::the().one_queue) only_ = queue;
+    queues_.push_back(queue);
+    return queue;
+  }
+
+  void drain() {
+    std::vector<std::weak_ptr<Queue>> queues;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      queues = queues_;
+    }
+    for (const auto& weak : queues) {
+      if (const auto queue = weak.lock()) queue->wait_for(0);
+    }
+  }
+
+  std::mutex& driver_lock() { return driver_lock_; }
+
+ private:
+  std::mutex mutex_;
+  std::weak_ptr<Queue> only_;
+  std::vector<std::weak_ptr<Queue>> queues_;
+  std::mutex driver_lock_;
+};
+
+struct StreamRecord {
+  std::shared_ptr<Queue> queue;
 };
 
 // What an event stands for: the point at which it was recorded last.

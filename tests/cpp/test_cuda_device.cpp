@@ -1,0 +1,528 @@
+// The ce lane with compute streams that really are behind: the programs of the simulation, the
+// deadlock rule where the driver holds its lock or has one queue, and waits that must be lifted.
+// Also run under ThreadSanitizer, and AddressSanitizer with UBSan.
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <thread>
+
+#include "../../feplb/csrc/fences.h"
+#include "check.h"
+#include "gpu_ranks.h"
+
+namespace feplb_test {
+namespace {
+
+using feplb::cat;
+using feplb::Move;
+using feplb::cuda::CopyCall;
+using feplb::cuda::FlagCall;
+
+std::string joined(const std::vector<std::string>& errors) {
+  std::string text;
+  for (const std::string& error : errors) text += error.empty() ? "" : error + "\n";
+  return text;
+}
+
+// ------------------------------------------------------------------------------------ programs
+
+void run_right(GpuRanks::Config config, int num_micro_batches, uint64_t seed,
+               uint32_t frees_one_in = 0) {
+  feplb::SimRandom random(seed);
+  const Scenario scenario = make_scenario(config.num_ranks, num_micro_batches, random);
+  Verdict verdict;
+  GpuRanks gpus(config);
+  gpus.make_domains();
+  const auto errors = gpus.ranks().run([&](int rank) {
+    RankProgram::Config program;
+    program.rank = rank;
+    program.seed = seed;
+    program.streams = gpus.streams(rank);
+    RankProgram(gpus.ranks().domain(rank), gpus.launcher(rank, seed, frees_one_in), scenario,
+                program, verdict)
+        .run();
+    gpus.synchronize(rank);  // kernels that check
+  });
+  CHECK(joined(errors).empty(), joined(errors));
+  CHECK(verdict.wrong().empty(), verdict.wrong());
+  CHECK(verdict.num_moves() > num_micro_batches, verdict.moves());
+  note(cat(scenario.calls.size(), " calls, ", verdict.moves()));
+}
+
+GpuRanks::Config ranks_of(int num_ranks, DriverMood mood = {}) {
+  GpuRanks::Config config;
+  config.num_ranks = num_ranks;
+  config.mood = std::move(mood);
+  return config;
+}
+
+DriverMood late(int64_t jitter_us) {
+  DriverMood mood;
+  mood.jitter_us = jitter_us;
+  return mood;
+}
+
+DriverMood one_queue(int64_t jitter_us = 0) {
+  DriverMood mood = late(jitter_us);
+  mood.one_queue = true;
+  return mood;
+}
+
+DriverMood one_lock(int64_t jitter_us = 0) {
+  DriverMood mood = late(jitter_us);
+  mood.one_lock = true;
+  return mood;
+}
+
+TEST(cuda_ranks_are_right) {
+  run_right(ranks_of(2), 40, 1);
+  run_right(ranks_of(4), 15, 2);
+}
+
+TEST(cuda_ranks_are_right_when_streams_are_late) {
+  for (uint64_t seed = 3; seed < 6; ++seed) run_right(ranks_of(3, late(400)), 6, seed);
+}
+
+TEST(cuda_ranks_are_right_when_the_driver_holds_submissions) {
+  DriverMood mood = late(200);
+  mood.held = "cuMemcpyBatchAsync";
+  mood.held_ms = 3;
+  run_right(ranks_of(3, mood), 6, 6);
+}
+
+TEST(cuda_ranks_are_right_on_compute_streams_that_change) {
+  for (uint64_t seed = 7; seed < 9; ++seed) {
+    GpuRanks::Config config = ranks_of(3, late(400));
+    config.num_streams = 2;
+    run_right(config, 6, seed);
+  }
+}
+
+TEST(cuda_ranks_are_right_with_every_call) {
+  uint64_t seed = 10;
+  for (const CopyCall copies : {CopyCall::kBatch, CopyCall::kPeer, CopyCall::kPlain}) {
+    for (const FlagCall flags : {FlagCall::kMemOps, FlagCall::kWrite, FlagCall::kCopy}) {
+      GpuRanks::Config config = ranks_of(3, late(200));
+      config.copies = copies;
+      config.flags = flags;
+      run_right(config, 2, seed++);
+    }
+  }
+}
+
+TEST(cuda_ranks_are_right_with_one_queue) { run_right(ranks_of(4, one_queue(100)), 10, 20); }
+
+TEST(cuda_ranks_are_right_while_memory_is_freed) {
+  run_right(ranks_of(4, one_lock(100)), 8, 21, 4);
+}
+
+TEST(cuda_ranks_are_right_with_a_full_launch_queue) {
+  DriverMood mood = one_lock(50);
+  mood.queue_depth = 3;
+  run_right(ranks_of(4, mood), 8, 22, 6);
+}
+
+TEST(cuda_ranks_are_right_with_one_queue_one_lock_and_little_depth) {
+  DriverMood mood = one_queue(50);
+  mood.one_lock = true;
+  mood.queue_depth = 12;
+  run_right(ranks_of(3, mood), 8, 23, 6);
+}
+
+// ---------------------------------------------------------------------------- the deadlock rule
+
+// Takes a fence out for as long as it lives.
+class WithoutFence {
+ public:
+  explicit WithoutFence(feplb::Fence fence) : fence_(fence) { feplb::set_fence(fence, false); }
+  ~WithoutFence() { feplb::set_fence(fence_, true); }
+
+ private:
+  const feplb::Fence fence_;
+};
+
+// One rank's forward, step by step. Two ranks give each other an expert, or one gives the other.
+enum class Giving { kBoth, kOne };
+
+class Exchange {
+ public:
+  Exchange(GpuRanks& gpus, int rank, Giving giving = Giving::kBoth)
+      : gpus_(gpus),
+        rank_(rank),
+        domain_(gpus.ranks().domain(rank)),
+        moves_{{1, 0, 1, 0, 4}},
+        counts_(giving == Giving::kBoth || rank == 0 ? std::vector<int32_t>{4, 4, 0}
+                                                     : std::vector<int32_t>{0, 0, 0}),
+        tensors_(Call{}, rank, counts_) {
+    if (giving == Giving::kBoth) moves_.push_back({1, 1, 0, 0, 4});
+  }
+  ~Exchange() { gpus_.synchronize(rank_); }  // kernels that run over it
+
+  void begin() {
+    feplb::CallHeader header;
+    header.counts = counts_;
+    header.plan_hash = feplb::hash_moves(moves_);
+    header.grad_bits = feplb::kNeedsKnown;
+    domain_.bind_compute(stream());
+    view_.seq = domain_.begin(header, moves_);
+    const feplb::Agreement& agreement = domain_.wait_plan();
+    CHECK(agreement.refusal.empty(), agreement.refusal);
+    route_ = agreement.route;
+    view_.arena = domain_.arena();
+    view_.layout = &domain_.layout();
+    gpus_.launch(stream(), [this] { tensors_.fill(); });
+  }
+  void post_rows() { domain_.post_rows(tensors_.sources(), tensors_.first_row()); }
+  void await_rows() { domain_.await_rows(); }
+  void run_received() {
+    for (const feplb::RoutedMove& move : route_.received) {
+      gpus_.launch(stream(), [view = view_, move] { view.run_forward(move); });
+    }
+    domain_.release_weights();
+    domain_.release_rows();
+    domain_.post_returns();
+  }
+  void bring_home() {
+    for (const RowRange& range : tensors_.kept(route_.sent)) {
+      gpus_.launch(stream(), [this, range] { tensors_.run(range); });
+    }
+    domain_.await_returns();
+    for (const feplb::RoutedMove& move : route_.sent) {
+      gpus_.launch(stream(), [this, move] { tensors_.place(move, view_); });
+    }
+    domain_.release_returns();
+    domain_.finish();
+  }
+  void end() {
+    domain_.drain();
+    domain_.check_failure("ending the exchange");
+    gpus_.synchronize(rank_);
+    CHECK(tensors_.wrong_rows().empty(), tensors_.wrong_rows());
+  }
+  std::uintptr_t stream() const { return gpus_.streams(rank_).front(); }
+
+ private:
+  GpuRanks& gpus_;
+  const int rank_;
+  feplb::Domain& domain_;
+  std::vector<Move> moves_;
+  const std::vector<int32_t> counts_;
+  CallTensors tensors_;
+  ArenaView view_;
+  feplb::Route route_;
+};
+
+// A forward on both ranks; after each wait in the stream the caller frees memory if it may.
+std::string exchange(DriverMood mood, bool frees, double deadline_s) {
+  mood.held = "cuStreamWaitEvent";  // the mover's first call of a submission
+  mood.held_ms = 20;
+  GpuRanks::Config config = ranks_of(2, mood);
+  config.deadline_s = deadline_s;
+  GpuRanks gpus(config);
+  gpus.make_domains();
+  return joined(gpus.ranks().run([&](int rank) {
+    Exchange call(gpus, rank);
+    call.begin();
+    call.post_rows();
+    call.await_rows();
+    if (frees) gpus.free_memory(rank);
+    call.run_received();
+    if (frees) gpus.free_memory(rank);
+    call.bring_home();
+    call.end();
+  }));
+}
+
+// Goes right with the handshake, and hangs without it until the deadline ends it.
+void expect_handshake_is_missed(const DriverMood& mood, bool frees) {
+  const std::string with = exchange(mood, frees, 60);
+  CHECK(with.empty(), with);
+  const WithoutFence without(feplb::Fence::kHandshake);
+  const std::string text = exchange(mood, frees, 0.4);
+  CHECK(text.find("no answer from rank") != std::string::npos, "nothing hung: ", text);
+  CHECK(text.find("for 0.4 s (deadline_s) while waiting for rows and weights") != std::string::npos,
+        text);
+}
+
+TEST(cuda_handshake_is_missed_with_one_queue) { expect_handshake_is_missed(one_queue(), false); }
+TEST(cuda_handshake_is_missed_while_memory_is_freed) {
+  expect_handshake_is_missed(one_lock(), true);
+}
+
+// Without either there is no need of it: what is missed is missed for that reason.
+TEST(cuda_handshake_is_not_missed_with_many_queues_and_no_lock) {
+  const WithoutFence without(feplb::Fence::kHandshake);
+  const std::string text = exchange(DriverMood{}, false, 60);
+  CHECK(text.empty(), text);
+}
+
+// ------------------------------------------------------------------------------ the watchdog
+
+// Another process, which a rank is taken to be.
+class Child {
+ public:
+  Child() : pid_(fork()) {
+    if (pid_ == 0) {
+      pause();
+      _exit(0);
+    }
+  }
+  ~Child() {
+    kill();
+    waitpid(pid_, nullptr, 0);
+  }
+  void kill() const { ::kill(pid_, SIGKILL); }
+  pid_t pid() const { return pid_; }
+
+ private:
+  const pid_t pid_;
+};
+
+struct Silence {
+  std::string error;   // of the helper, whose owner fell silent
+  double seconds = 0;  // from then on, until it was raised and the stream had drained
+};
+
+// Rank 0 owns, and falls silent once all have planned; rank 1 has its waits for rows in its stream.
+// `fall` runs then.
+Silence fall_silent(GpuRanks& gpus, const std::function<void()>& fall) {
+  Silence seen;
+  std::atomic<bool> parked{false}, ended{false};
+  const auto errors = gpus.ranks().run([&](int rank) {
+    Exchange call(gpus, rank, Giving::kOne);
+    call.begin();
+    if (rank == 0) {
+      while (!parked) std::this_thread::yield();
+      fall();
+      while (!ended) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      return;
+    }
+    const auto start = feplb::Clock::now();
+    bool ran = false;
+    try {
+      call.post_rows();
+      call.await_rows();
+      call.run_received();
+      call.bring_home();
+      gpus.launch(call.stream(), [&] { ran = true; });
+      parked = true;
+      call.end();
+    } catch (const feplb::Error& error) {
+      seen.error = error.what();
+    }
+    parked = true;
+    gpus.synchronize(rank);
+    seen.seconds = std::chrono::duration<double>(feplb::Clock::now() - start).count();
+    ended = true;
+    CHECK(ran || !seen.error.empty(), "the stream has not drained");
+  });
+  CHECK(joined(errors).empty(), joined(errors));
+  return seen;
+}
+
+void check_silent_peer(const DriverMood& mood) {
+  GpuRanks::Config config = ranks_of(2, mood);
+  config.deadline_s = 0.3;
+  GpuRanks gpus(config);
+  gpus.make_domains();
+  const Silence seen = fall_silent(gpus, [] {});
+  const std::string part =
+      "no answer from rank 0 (last seen: forward of layer 0, micro-batch 0) for 0.3 s (deadline_s) "
+      "while waiting for rows and weights from an owner";
+  CHECK(seen.error.find(part) != std::string::npos, seen.error);
+  CHECK(seen.seconds >= 0.3 && seen.seconds < 2.3, seen.seconds, " s");
+}
+
+TEST(cuda_silent_peer_is_named_at_the_deadline) { check_silent_peer(DriverMood{}); }
+TEST(cuda_silent_peer_is_named_at_the_deadline_with_one_queue) { check_silent_peer(one_queue()); }
+TEST(cuda_silent_peer_is_named_at_the_deadline_with_a_full_launch_queue) {
+  DriverMood mood = one_lock();
+  mood.queue_depth = 1;
+  check_silent_peer(mood);
+}
+
+void check_killed_peer(const DriverMood& mood) {
+  const Child child;
+  GpuRanks gpus(ranks_of(2, mood));
+  gpus.ranks().set_pid(0, child.pid());
+  gpus.make_domains();
+  const Silence seen = fall_silent(gpus, [&] { child.kill(); });
+  const std::string part =
+      cat("peer rank 0 (pid ", child.pid(), ") died; last seen: forward of layer 0, micro-batch 0");
+  CHECK(seen.error.find(part) != std::string::npos, seen.error);
+  CHECK(seen.seconds < 2, seen.seconds, " s");
+}
+
+TEST(cuda_killed_peer_is_named_within_two_seconds) { check_killed_peer(DriverMood{}); }
+TEST(cuda_killed_peer_is_named_within_two_seconds_with_one_queue) {
+  check_killed_peer(one_queue());
+}
+
+// The driver may hold the call that enqueues a wait, for as long as the wait itself takes.
+TEST(cuda_wait_that_the_driver_holds_has_a_deadline) {
+  GpuRanks::Config config = ranks_of(2);
+  config.deadline_s = 0.3;
+  GpuRanks gpus(config);
+  gpus.make_domains();
+  std::atomic<bool> ended{false};
+  const auto errors = gpus.ranks().run([&](int rank) {
+    Exchange call(gpus, rank, Giving::kOne);
+    call.begin();
+    if (rank == 0) {
+      while (!ended) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      return;
+    }
+    gpus.ranks().domain(rank).bind_compute(0);  // the stand-in runs what stream 0 is given at once
+    try {
+      call.post_rows();
+      call.await_rows();
+    } catch (const feplb::Error&) {
+      ended = true;
+      throw;
+    }
+    ended = true;
+  });
+  CHECK(errors[1].find("no answer from rank 0") != std::string::npos, errors[1]);
+}
+
+// --------------------------------------------------------------------------- the device by itself
+
+// One rank's device, without a domain.
+class Alone {
+ public:
+  explicit Alone(DriverMood mood = {}, int num_streams = 2) : gpus_(config(mood, num_streams)) {
+    gpus_.make_domains();
+    context_ = std::make_shared<feplb::cuda::DeviceContext>(feplb::cuda::Driver::open(""), 0);
+    device_ = feplb::cuda::make_cuda_device(context_, board_.data(), kBoardBytes, {});
+    stand_in_adopt(memory_.data(), kBytes);
+  }
+  ~Alone() {
+    device_->stop();
+    stand_in_disown(memory_.data());
+  }
+  feplb::Device& device() { return *device_; }
+  feplb::Flag* flag(std::size_t idx) { return reinterpret_cast<feplb::Flag*>(board_.data()) + idx; }
+  std::byte* memory() { return memory_.data(); }
+  std::uintptr_t stream(std::size_t idx) const { return gpus_.streams(0)[idx]; }
+  void launch(std::uintptr_t stream, std::function<void()> kernel) {
+    const feplb::cuda::CurrentContext current(*context_);
+    gpus_.launch(stream, std::move(kernel));
+  }
+  void synchronize() { gpus_.synchronize(0); }
+  void await_flag(std::size_t idx, feplb::Epoch epoch) {
+    const feplb::TimePoint end = feplb::Clock::now() + std::chrono::seconds(10);
+    while (!feplb::epoch_reached(flag(idx)->epoch.load(), epoch)) {
+      CHECK(feplb::Clock::now() < end, "flag ", idx, " was never written");
+      std::this_thread::yield();
+    }
+  }
+  static constexpr std::size_t kBoardBytes = 4096, kBytes = std::size_t{44} << 20;
+
+ private:
+  static GpuRanks::Config config(const DriverMood& mood, int num_streams) {
+    GpuRanks::Config config = ranks_of(1, mood);
+    config.num_streams = num_streams;
+    return config;
+  }
+  GpuRanks gpus_;
+  Memory board_{kBoardBytes}, memory_{kBytes};
+  std::shared_ptr<feplb::cuda::DeviceContext> context_;
+  std::unique_ptr<feplb::Device> device_;
+};
+
+TEST(cuda_work_of_one_compute_stream_comes_before_that_of_the_next) {
+  Alone gpu;
+  gpu.device().bind_compute(gpu.stream(0));
+  gpu.device().record(feplb::StreamKind::kCompute);
+  std::atomic<int> step{0};
+  int seen = 0;
+  gpu.launch(gpu.stream(0), [&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(30));
+    step = 1;
+  });
+  gpu.device().bind_compute(gpu.stream(1));
+  gpu.launch(gpu.stream(1), [&] { seen = step; });
+  gpu.synchronize();
+  CHECK_EQ(seen, 1);
+}
+
+TEST(cuda_large_copies_go_in_chunks_and_one_call) {
+  Alone gpu;
+  const std::size_t bytes = (std::size_t{20} << 20) + 64;
+  for (std::size_t i = 0; i < bytes; ++i) gpu.memory()[i] = static_cast<std::byte>(i * 7 & 0xff);
+  std::byte* there = gpu.memory() + (std::size_t{22} << 20);
+  const int64_t before = stand_in_calls("cuMemcpyBatchAsync");
+  gpu.device().copy_batch(feplb::StreamKind::kPushes, {{there, gpu.memory(), bytes}});
+  gpu.device().write_flag(feplb::StreamKind::kPushes, gpu.flag(0), 3);
+  gpu.await_flag(0, 3);
+  CHECK_EQ(stand_in_calls("cuMemcpyBatchAsync") - before, 1);
+  CHECK(std::equal(there, there + bytes, gpu.memory()), "other bytes arrived");
+}
+
+TEST(cuda_empty_batch_submits_nothing) {
+  Alone gpu;
+  const int64_t before = stand_in_calls("cuMemcpyBatchAsync");
+  gpu.device().copy_batch(feplb::StreamKind::kPushes, {});
+  gpu.device().copy_batch(feplb::StreamKind::kPushes, {{gpu.memory(), gpu.memory() + 64, 0}});
+  CHECK_EQ(stand_in_calls("cuMemcpyBatchAsync"), before);
+}
+
+TEST(cuda_many_flags_take_several_calls) {
+  Alone gpu;
+  std::vector<feplb::Flag*> flags;
+  for (std::size_t i = 0; i < 600; ++i) flags.push_back(gpu.flag(i));
+  const int64_t before = stand_in_calls("cuStreamBatchMemOp");
+  gpu.device().write_flags(feplb::StreamKind::kReturns, flags, 9);
+  CHECK_EQ(stand_in_calls("cuStreamBatchMemOp") - before, 3);
+  for (std::size_t i = 0; i < flags.size(); ++i) gpu.await_flag(i, 9);
+}
+
+TEST(cuda_flag_outside_the_board_is_refused) {
+  Alone gpu;
+  feplb::Flag elsewhere;
+  check_throws<feplb::Error>(
+      [&] { gpu.device().write_flag(feplb::StreamKind::kPushes, &elsewhere, 1); },
+      "a flag lies outside the count board");
+}
+
+TEST(cuda_capture_is_refused_by_name) {
+  Alone gpu;
+  for (const int status : {1, 2}) {
+    stand_in_set_capturing(status);
+    check_throws<feplb::Error>([&] { gpu.device().bind_compute(gpu.stream(0)); },
+                               "captured into a CUDA graph");
+  }
+  stand_in_set_capturing(0);
+  gpu.device().bind_compute(gpu.stream(0));
+}
+
+TEST(cuda_drained_means_past_the_last_wait) {
+  Alone gpu;
+  gpu.device().bind_compute(gpu.stream(0));
+  CHECK(gpu.device().compute_drained(), "nothing was enqueued");
+  gpu.device().wait_flag(gpu.flag(0), 5, {});
+  gpu.device().mark_compute();
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  CHECK(!gpu.device().compute_drained(), "the wait is not over");
+  gpu.flag(0)->epoch.store(5 + feplb::kLift);
+  gpu.synchronize();
+  CHECK(gpu.device().compute_drained(), "the wait is over");
+}
+
+TEST(cuda_device_gives_everything_back) {
+  const auto alive = [] {
+    std::string text;
+    for (const char* kind : {"context", "stream", "queue", "event", "allocation", "pin"}) {
+      text += cat(kind, " ", stand_in_alive(kind), "\n");
+    }
+    return text;
+  };
+  const std::string before = alive();
+  run_right(ranks_of(2), 2, 30);
+  CHECK_EQ(alive(), before);
+}
+
+}  // namespace
+}  // namespace feplb_test
