@@ -18,6 +18,7 @@ using AllocationHandle = unsigned long long;
 
 constexpr Result kSuccess = 0;
 constexpr Result kOutOfMemory = 2;
+constexpr Result kNoDevice = 100;
 constexpr Result kPeerAccessUnsupported = 217;
 constexpr Result kNotReady = 600;
 constexpr Result kPeerAccessAlreadyEnabled = 704;

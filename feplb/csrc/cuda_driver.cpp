@@ -65,7 +65,13 @@ Driver::Driver(const std::string& path) {
                     ", feplb needs 11.7 or newer", missing.empty() ? "" : " (missing: ", missing,
                     missing.empty() ? "" : ")", ". Update the NVIDIA driver."));
   }
-  check(init(0), "cuInit");
+  const Result started = init(0);
+  if (started == kNoDevice) {
+    throw Error(cat("the CUDA driver sees no GPU: ", text(started),
+                    ". Look at CUDA_VISIBLE_DEVICES and at what the container was given (docker: "
+                    "--gpus all), or use lane=\"host\"."));
+  }
+  check(started, "starting the CUDA driver");
 }
 
 std::string Driver::text(Result result) const {

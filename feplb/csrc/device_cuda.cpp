@@ -24,7 +24,7 @@ constexpr std::size_t kChunkBytes = std::size_t{8} << 20;
 template <typename Thing>
 struct Made {
   const Driver* driver = nullptr;
-  Thing thing = nullptr;
+  Thing thing{};
   bool operator!=(const Made& other) const { return thing != other.thing; }
 };
 
@@ -38,6 +38,12 @@ struct EventTraits {
   using Value = Made<EventHandle>;
   static constexpr Value kNone{};
   static void destroy(Value value) noexcept { value.driver->event_destroy(value.thing); }
+};
+
+struct WordsTraits {
+  using Value = Made<Address>;
+  static constexpr Value kNone{};
+  static void destroy(Value value) noexcept { value.driver->free(value.thing); }
 };
 
 // One stream of ours, or the caller's, with the points recorded in it.
@@ -104,8 +110,8 @@ class CudaDevice final : public feplb::Device {
   OwnPage page_;
   std::unique_ptr<PinnedMemory> own_;
   std::vector<std::unique_ptr<DeviceContext>> peers_;  // as options_.peers
+  Handle<WordsTraits> words_;                          // one for each stream
   std::array<StreamState, kNumStreams> streams_;
-  Address words_ = 0;
   // Waits enqueued on the compute stream; its marker has passed them once it is as large.
   std::atomic<uint32_t> waits_{0};
   // Of the batch under way; the mover's alone.
@@ -129,11 +135,13 @@ CudaDevice::CudaDevice(std::shared_ptr<DeviceContext> context, std::byte* board,
     }
   }
   const CurrentContext current(*context_);
-  driver().check(driver().allocate(&words_, kNumStreams * sizeof(uint64_t)),
+  WordsTraits::Value words{&driver(), 0};
+  driver().check(driver().allocate(&words.thing, kNumStreams * sizeof(uint64_t)),
                  "allocating the flag words");
+  words_ = Handle<WordsTraits>(words);
   for (std::size_t i = 0; i < streams_.size(); ++i) {
     StreamState& state = streams_[i];
-    state.word = words_ + i * sizeof(uint64_t);
+    state.word = words.thing + i * sizeof(uint64_t);
     for (Handle<EventTraits>& event : state.events) {
       EventTraits::Value made{&driver(), nullptr};
       driver().check(driver().event_create(&made.thing, kEventDisableTiming), "creating an event");
@@ -337,7 +345,7 @@ void CudaDevice::stop() noexcept {
       state.own.reset();
       for (Handle<EventTraits>& event : state.events) event.reset();
     }
-    driver().free(words_);
+    words_.reset();
     board_.reset();
     own_.reset();
   } catch (const Error&) {
@@ -349,6 +357,7 @@ void CudaDevice::abandon() noexcept {
   static_cast<void>(board_.release());
   static_cast<void>(own_.release());
   static_cast<void>(page_.memory.release());
+  words_.release();
   for (StreamState& state : streams_) {
     state.own.release();
     for (Handle<EventTraits>& event : state.events) event.release();

@@ -62,12 +62,17 @@ void enqueue(Stream stream, Operation operation) {
 // own results may be written by kernels alone, never by a copy of ours.
 bool may_write(Address address, std::size_t bytes) { return Memory::the().holds(address, bytes); }
 
-void copy_now(Address destination, Address source, std::size_t bytes) {
-  std::memcpy(reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), bytes);
-}
-
 std::atomic<uint32_t>* word_at(Address address) {
   return reinterpret_cast<std::atomic<uint32_t>*>(address);
+}
+
+// An aligned word arrives whole.
+void copy_now(Address destination, Address source, std::size_t bytes) {
+  if (bytes == sizeof(uint32_t) && destination % bytes == 0 && source % bytes == 0) {
+    word_at(destination)->store(word_at(source)->load(), std::memory_order_release);
+    return;
+  }
+  std::memcpy(reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), bytes);
 }
 
 void wait_for(Address address, uint32_t value) {
@@ -157,7 +162,7 @@ Result stand_in_launch(Stream stream, void (*kernel)(void*), void* argument) {
 
 Result cuInit(unsigned) {
   STAND_IN_ENTER("cuInit", false);
-  return Ledger::the().num_gpus > 0 ? kSuccess : 100;
+  return Ledger::the().num_gpus > 0 ? kSuccess : kNoDevice;
 }
 
 Result cuDriverGetVersion(int* version) {
@@ -170,7 +175,7 @@ Result cuGetErrorName(Result error, const char** text) {
   *text = error == kOutOfMemory             ? "CUDA_ERROR_OUT_OF_MEMORY"
           : error == kPeerAccessUnsupported ? "CUDA_ERROR_PEER_ACCESS_UNSUPPORTED"
           : error == kNotPermitted          ? "CUDA_ERROR_NOT_PERMITTED"
-          : error == 100                    ? "CUDA_ERROR_NO_DEVICE"
+          : error == kNoDevice              ? "CUDA_ERROR_NO_DEVICE"
           : error == kIllegalAddress        ? "CUDA_ERROR_ILLEGAL_ADDRESS"
                                             : "CUDA_ERROR_OF_THE_STAND_IN";
   return kSuccess;
@@ -202,7 +207,7 @@ Result cuDeviceGetName(char* name, int length, Device) {
 
 Result cuDeviceGetUuid(Uuid* uuid, Device device) {
   STAND_IN_ENTER("cuDeviceGetUuid", false);
-  std::memset(uuid, device, sizeof(*uuid));
+  std::memset(uuid, Ledger::the().uuids_from + device, sizeof(*uuid));
   return kSuccess;
 }
 
@@ -212,6 +217,7 @@ Result cuDeviceGetAttribute(int* value, int attribute, Device) {
            : attribute == kComputeCapabilityMinor ? 0
            : attribute == kAsyncEngineCount       ? 3
            : attribute == kFabricHandleSupported  ? 0
+           : attribute == kPosixHandleSupported   ? static_cast<int>(Ledger::the().has_vmm)
                                                   : 1;
   return kSuccess;
 }
