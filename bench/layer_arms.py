@@ -21,7 +21,7 @@ from torch import Tensor
 
 from feplb import Balancer, BalancerConfig, ExpertCompute, LayerSpec
 from feplb.compute import Saved
-from feplb.costs import predicted_costs
+from feplb.costs import CPU_GFLOPS_PER_THREAD, predicted_costs
 from feplb.moe import MoEConfig, MoELayer
 from feplb.router import TopKRouter
 from feplb.scheduler import Plan, PlanLimits, make_plan, plan_violations
@@ -74,8 +74,9 @@ def config_of(policy: str) -> BalancerConfig:
     """The Balancers'. A lane rate of the host lane's usual size, and not this start's measured one,
     so that the plan of `auto` is known before it runs; whole experts, whose bits are compared."""
     return BalancerConfig(
-        policy=policy, num_slots=NUM_SLOTS, split_experts=False, gemm_gflops=50.0, lane_gbps=8.0
-    )
+        policy=policy, num_slots=NUM_SLOTS, split_experts=False, lane_gbps=10.0,
+        gemm_gflops=CPU_GFLOPS_PER_THREAD,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

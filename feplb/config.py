@@ -223,7 +223,7 @@ class BalancerConfig:
         arena_handle: on the ce lane, how peers map an arena: ``"vmm"`` (file descriptors) or
             ``"ipc"`` (CUDA IPC); ``"auto"``: vmm where the GPU has it.
         gemm_gflops: a rank's expert GEMM rate in 10^9 operations per second, to size kept B (the
-            work that hides the way back) and for ``auto``; None: 50 per CPU thread.
+            work that hides the way back) and for ``auto``; None: 120 per CPU thread.
         lane_gbps: rate of the way back in 10^9 bytes per second; None: as measured at start-up.
         allow_single_queue: on GPUs, accept ``CUDA_DEVICE_MAX_CONNECTIONS=1`` without a setting for
             copies: they then wait behind kernels, and little is gained.

@@ -11,9 +11,10 @@ import torch
 from .config import BalancerConfig, LayerSpec
 from .scheduler.cost_model import UnitCosts, picoseconds
 
-CPU_GFLOPS_PER_THREAD = 50.0
+CPU_GFLOPS_PER_THREAD = 120.0  # fp32, AVX-512: see predicted_costs
 _LEAST_GBPS = 0.1  # a canary of a few bytes measures latency, not rate
-_START_US, _COPY_US = 30.0, 5.0  # of the host lane: a plan's way to the copy threads, one copy
+# Of the host lane: a plan's way to the copy threads, one copy, an expert's GEMM beside its weights.
+_START_US, _COPY_US, _GEMM_US = 30.0, 5.0, 30.0
 
 
 def gemm_gflops(config: BalancerConfig) -> float:
@@ -29,9 +30,17 @@ def lane_gbps(config: BalancerConfig, measured_gbps: float) -> float:
 def predicted_costs(config: BalancerConfig, spec: LayerSpec, measured_gbps: float) -> UnitCosts:
     """Costs of one layer on the host lane.
 
-    Weights are read from, and returned rows and weight grads go through, the same memory as the
-    lane's copies, so all bytes move at the lane's rate. Nothing runs beside the adds at home: a
-    rank's thread does both, so the late window is 0.
+    Returned rows and weight grads are read from the memory that the lane's copies go through, so
+    all bytes move at the lane's rate. Nothing runs beside the adds at home: a rank's thread does
+    both, so the late window is 0. A rank's copy thread takes its time from the rank's GEMMs.
+
+    The constants are from bench/cost_check.py, fp32, hidden 512, width 1024, 16 experts on each of
+    two ranks with a Xeon core (AVX-512) each. One GEMM of n rows, of forward, dgrad or wgrad, took
+    0.5 to 0.9 ms + n x 26 us with both ranks busy: 120 * 10^9 operations per second beside the
+    reading and packing of 6.3 MB of weights (experts of 0.1 MB: 15 to 45 us). Placing rows or grads
+    with torch took twice as long as the lane's streaming copy. The copy threads' CPU time is the
+    time that the lane's rate says (10 to 11 GB/s, 12 to 13 at start-up), and a rank without a core
+    to spare gives it to them while it computes.
     """
 
     rate = lane_gbps(config, measured_gbps)
@@ -42,15 +51,16 @@ def predicted_costs(config: BalancerConfig, spec: LayerSpec, measured_gbps: floa
         row_forward=row,
         row_dgrad=row,
         row_wgrad=row,
-        weight_read=weights // 2,  # read, not written
+        gemm=round(_GEMM_US * 1e6) + weights,
         row_push=picoseconds(row_bytes, rate),
         row_push_backward=picoseconds(spec.row_bytes + row_bytes, rate),
         weight_push=weights,
         row_return=picoseconds(spec.row_bytes, rate),
         row_return_backward=picoseconds(row_bytes, rate),
         grad_push=weights,
-        row_place=picoseconds(spec.row_bytes, rate),
-        grad_add=weights,
+        row_place=2 * picoseconds(spec.row_bytes, rate),
+        grad_add=2 * weights,
         start=round(_START_US * 1e6),
         copy=round(_COPY_US * 1e6),
+        shares_core=1,
     )

@@ -71,6 +71,46 @@ def test_tiles_and_the_reading_of_weights_are_the_least_of_a_gemm() -> None:
     assert predict([[5, 1, 0], [8, 0, 0]], [], tiles).forward.by_rank == (80 + 70, 80)
 
 
+def test_a_gemm_costs_something_beside_its_rows() -> None:
+    costs = UnitCosts(row_forward=10, row_dgrad=20, row_wgrad=30, gemm=7)
+    time = predict([[5, 1, 0], [0, 0, 2]], [], costs)
+    assert time.forward.by_rank == (60 + 2 * 7, 20 + 7)
+    assert time.backward.by_rank == (300 + 4 * 7, 100 + 2 * 7)
+
+
+def test_copies_and_gemms_of_a_shared_core_delay_each_other() -> None:
+    shared = dataclasses.replace(SIMPLE, shares_core=1)
+    # Rank 0 pushes 2 + 5 and computes 40: kept A of 38 ends at 45, kept B at 47. Everything is with
+    # rank 1 at 14; it computes 18, then 20, then B of 2, and pushing the outputs takes 2 of that.
+    forward = predict([[6], [2]], [ONE_MOVE], shared).forward
+    assert [(p.kept_a, p.arrived, p.received, p.kept_b) for p in forward.phases] == [
+        (45, 45, 45, 47), (18, 18, 38, 42),
+    ]  # fmt: skip
+    assert forward.by_rank == (47, 42)
+    # Backward: rank 0 loses 4 + 5 of 80. Rank 1 has its 38 + 40 + 2, and loses 2 + 8 to its pushes;
+    # the weight grads leave from 78 on, at half the rate, and are with rank 0 at 94.
+    backward = predict([[6], [2]], [ONE_MOVE], shared).backward
+    assert [p.kept_b for p in backward.phases] == [89, 90]
+    assert backward.by_rank == (94, 90)
+
+
+def test_an_idle_core_loses_nothing() -> None:
+    shared = dataclasses.replace(SIMPLE, shares_core=1)
+    all_of_it = dataclasses.replace(ONE_MOVE, row_start=0, row_end=6)
+    # Rank 0 keeps nothing and only pushes, 6 + 5 at half the rate; rank 1 has nothing else either.
+    forward = predict([[6], [0]], [all_of_it], shared).forward
+    assert [(p.kept_a, p.arrived, p.kept_b) for p in forward.phases] == [(0, 0, 0), (0, 22, 82)]
+    assert forward.by_rank == (94, 82)
+
+
+def test_phases_of_the_worked_example() -> None:
+    owner, helper = predict([[6], [2]], [ONE_MOVE], SIMPLE).forward.phases
+    assert dataclasses.astuple(owner) == (38, 38, 38, 38, 40, 40, 40, 40)
+    assert dataclasses.astuple(helper) == (18, 18, 38, 38, 40, 40, 40, 40)
+    helper = predict([[6], [2]], [ONE_MOVE], SIMPLE).backward.phases[1]
+    assert (helper.received, helper.wgrad, helper.kept_b) == (58, 78, 80)
+
+
 def test_returned_rows_are_placed_and_wait_for_the_link() -> None:
     costs = UnitCosts(row_forward=10, row_return=30, row_place=3)
     # Rank 1 computes 2 received rows until 20 and sends them home until 80.
@@ -86,7 +126,9 @@ def test_ceiling_and_what_a_plan_recovers() -> None:
     assert recovered([[4], [4]], Plan(), free) == 1.0
 
 
-@pytest.mark.parametrize("wrong", [{"tile_rows": 0}, {"row_push": -1}, {"copy": 1.5}])
+@pytest.mark.parametrize(
+    "wrong", [{"tile_rows": 0}, {"row_push": -1}, {"copy": 1.5}, {"shares_core": 2}]
+)
 def test_wrong_costs_are_named(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=f"UnitCosts.{next(iter(wrong))}"):
         UnitCosts(**wrong)
@@ -105,6 +147,7 @@ def planned(draw: st.DrawFn) -> tuple[Counts, Plan, UnitCosts]:
     names = [field.name for field in dataclasses.fields(UnitCosts)]
     costs = {name: draw(st.integers(0, 10**6)) for name in names}
     costs["tile_rows"] = draw(st.integers(1, 130))
+    costs["shares_core"] = draw(st.integers(0, 1))
     policy = draw(st.sampled_from(["none", "greedy", "refine", "split"]))
     limits = limits_for(counts, grain_rows=draw(st.integers(1, 64)))
     return counts, make_plan(policy, counts, limits), UnitCosts(**costs)

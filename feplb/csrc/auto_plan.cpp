@@ -74,10 +74,13 @@ class Chooser {
   // the prediction without moves.
   int64_t even_time() const {
     const UnitCosts& costs = *input_.costs;
-    int64_t tiles = 0;
-    for (const int32_t rows : s_.tiled) tiles += rows;
+    int64_t tiles = 0, experts = 0;
+    for (const int32_t rows : s_.tiled) {
+      tiles += rows;
+      experts += rows > 0;
+    }
     const int64_t row = costs.row_forward + costs.row_dgrad + costs.row_wgrad;
-    return tiles * row / std::max(1, input_.num_ranks);
+    return (tiles * row + experts * 3 * costs.gemm) / std::max(1, input_.num_ranks);
   }
 
   void try_refine(int32_t target, int32_t max_copies) {

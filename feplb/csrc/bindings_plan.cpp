@@ -19,6 +19,7 @@ std::optional<UnitCosts> costs_from(const py::object& given) {
   costs.row_dgrad = value("row_dgrad");
   costs.row_wgrad = value("row_wgrad");
   costs.weight_read = value("weight_read");
+  costs.gemm = value("gemm");
   costs.row_push = value("row_push");
   costs.row_push_backward = value("row_push_backward");
   costs.weight_push = value("weight_push");
@@ -30,6 +31,7 @@ std::optional<UnitCosts> costs_from(const py::object& given) {
   costs.late_window = value("late_window");
   costs.start = value("start");
   costs.copy = value("copy");
+  costs.shares_core = value("shares_core");
   return costs;
 }
 

@@ -22,6 +22,7 @@ class Call {
     push();
     keep();
     receive();
+    steal();
     compute();
     bring_home();
     for (size_t r = 0; r < n_; ++r)
@@ -32,18 +33,19 @@ class Call {
 
  private:
   static int64_t rows_of(const Move& move) { return int64_t{move.row_end} - move.row_start; }
+  int64_t per_row_push() const { return backward_ ? c_.row_push_backward : c_.row_push; }
   int64_t per_row_back() const { return backward_ ? c_.row_return_backward : c_.row_return; }
 
   // Queues a copy that may start at `ready`; when it has arrived.
   int64_t copy(int32_t source, int64_t ready, int64_t duration) {
     int64_t& engine = s_.engine[size_t(source)];
-    engine = std::max(engine, ready) + duration + c_.copy;
+    engine = std::max(engine, ready) + (duration + c_.copy) * (1 + c_.shares_core);
     return engine;
   }
 
   // Level 1, rows first.
   void push() {
-    const int64_t per_row = backward_ ? c_.row_push_backward : c_.row_push;
+    const int64_t per_row = per_row_push();
     s_.arrived.assign(n_, 0);
     s_.inbound.assign(n_, 0);
     for (const Move& move : moves_) {
@@ -62,7 +64,7 @@ class Call {
   int64_t gemm(int64_t rows, int64_t row_time) const {
     if (rows == 0) return 0;
     const int64_t tiles = (rows + c_.tile_rows - 1) / c_.tile_rows;
-    return std::max(tiles * c_.tile_rows * row_time, c_.weight_read);
+    return std::max(tiles * c_.tile_rows * row_time, c_.weight_read) + c_.gemm;
   }
 
   int64_t segment(int64_t rows) const {
@@ -100,13 +102,28 @@ class Call {
     }
   }
 
+  // Of each rank's core, by its copies of level 1, and by those of levels 2 and 3.
+  void steal() {
+    s_.stolen.assign(n_, 0);
+    s_.stolen_later.assign(n_, 0);
+    for (const Move& move : moves_) {
+      const int64_t push = rows_of(move) * per_row_push() + c_.weight_push + 2 * c_.copy;
+      const int64_t back = rows_of(move) * per_row_back() + c_.copy;
+      const int64_t grads = backward_ ? c_.grad_push + c_.copy : 0;
+      s_.stolen[size_t(move.owner_rank)] += push * c_.shares_core;
+      s_.stolen_later[size_t(move.dst_rank)] += (back + grads) * c_.shares_core;
+    }
+  }
+
   void compute() {
     s_.computed.resize(n_);
     s_.ends.resize(n_);
     for (size_t r = 0; r < n_; ++r) {
       const int64_t kept_b = std::min(s_.kept[r], s_.back[r] * per_row_back());
-      s_.computed[r] = std::max(s_.kept[r] - kept_b, s_.arrived[r]) + s_.first[r];
-      s_.ends[r] = s_.computed[r] + s_.second[r] + kept_b;
+      const int64_t kept_a = s_.kept[r] - kept_b + std::min(s_.kept[r], s_.stolen[r]);
+      const int64_t lost = std::min(s_.kept[r] + s_.second[r], s_.stolen_later[r]);
+      s_.computed[r] = std::max(kept_a, s_.arrived[r]) + s_.first[r];
+      s_.ends[r] = s_.computed[r] + s_.second[r] + kept_b + lost;
     }
   }
 

@@ -78,8 +78,8 @@ class Domain {
   bool closed() const { return closed_; }
 
   // Start-up canary: pushes a pattern to every peer through the lane and checks what peers pushed.
-  // Returns the rate seen, GB/s (10^9 bytes, until the flag is seen here). `bytes` per peer must
-  // fit num_ranks times into the arena.
+  // Returns the lane's rate, GB/s (10^9 bytes), measured apart. `bytes` per peer must fit num_ranks
+  // times into the arena.
   double prove_lane(std::size_t bytes);
 
   // Names the stream that the caller's kernels run on from here on; every method from post_rows on
@@ -134,6 +134,7 @@ class Domain {
   std::string where(const char* phase) const;
   int own_global_rank() const { return board_.global_rank(config_.rank); }
   bool forked() const;
+  double measured_gbps(std::size_t bytes);
 
   DomainConfig config_;
   DomainMemory memory_;

@@ -46,6 +46,7 @@ struct UnitCosts {
   int64_t row_dgrad = 0;
   int64_t row_wgrad = 0;
   int64_t weight_read = 0;
+  int64_t gemm = 0;
   int64_t row_push = 0;
   int64_t row_push_backward = 0;
   int64_t weight_push = 0;
@@ -57,6 +58,7 @@ struct UnitCosts {
   int64_t late_window = 0;
   int64_t start = 0;
   int64_t copy = 0;
+  int64_t shares_core = 0;  // 0 or 1
 };
 
 // counts[r * num_local_experts + e] = rows that rank r owns for its local expert e, at least 0.

@@ -5,12 +5,14 @@ weight grads of received rows go home last and are added after the layer. Intege
 (picoseconds), so that csrc/cost.cpp gives the same answer on every rank.
 
 What is modelled, per rank:
-  GEMM     rows in tiles, or the reading of the expert's weights where that takes longer
+  GEMM     rows in tiles, or the reading of the expert's weights where that takes longer, and what
+           it costs beside its rows
   copies   one engine per source, first in first out: rows of all moves, then their weights, then
            (when it has computed them) outputs, then weight grads; a destination takes in no faster
            than its own link
   hiding   level 1 under kept A, the way back under kept B, weight grads until the owner asks for
            them after the dispatch's backward
+  core     where a copy thread shares it, copies and GEMMs of a rank take longer by each other
   at home  placing returned rows; adding weight grads, beside what runs in that window
 
 Worked example, 2 ranks, one expert each, 6 and 2 rows; 2 of rank 0's rows go to rank 1. A row takes
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +49,7 @@ class UnitCosts:
         tile_rows: rows that a GEMM computes together; an expert's last tile costs as a full one.
         row_forward, row_dgrad, row_wgrad: computing one row.
         weight_read: least time of one expert's GEMMs, which must read its weights.
+        gemm: of each of an expert's GEMMs (forward, dgrad, wgrad), beside its rows.
         row_push, row_push_backward: one row and its side data to the helper (backward: grad rows,
             and rows again).
         weight_push: one expert's weights to the helper.
@@ -55,6 +59,8 @@ class UnitCosts:
         late_window: how long after the layer's backward late grads may still be added for nothing.
         start: from the plan to the first copy.
         copy: of each copy, whatever its size.
+        shares_core: 1 where the engine is a thread on the core of its rank's GEMMs, so that each
+            takes its time from the other; 0 where it is an engine.
     """
 
     tile_rows: int = 1
@@ -62,6 +68,7 @@ class UnitCosts:
     row_dgrad: int = 0
     row_wgrad: int = 0
     weight_read: int = 0
+    gemm: int = 0
     row_push: int = 0
     row_push_backward: int = 0
     weight_push: int = 0
@@ -73,6 +80,7 @@ class UnitCosts:
     late_window: int = 0
     start: int = 0
     copy: int = 0
+    shares_core: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -81,6 +89,33 @@ class UnitCosts:
                 raise ValueError(
                     f"UnitCosts.{field.name}: {value!r}, expected an integer from {least}, in ps"
                 )
+        if self.shares_core > 1:
+            raise ValueError(f"UnitCosts.shares_core: {self.shares_core}, expected 0 or 1")
+
+
+@dataclass(frozen=True, slots=True)
+class RankPhases:
+    """When one rank is through with each phase of a call, picoseconds from its start.
+
+    Args:
+        kept_a: it has computed kept A.
+        arrived: ... and level 1 is there, so that received rows can be computed.
+        received: what goes home at level 2 is computed.
+        wgrad: ... and the weight grads of received rows (forward: the same as received).
+        kept_b: it has computed kept B.
+        home: ... and its own rows are back.
+        placed: ... and in their places.
+        end: ... and late weight grads are added, less the late window.
+    """
+
+    kept_a: int
+    arrived: int
+    received: int
+    wgrad: int
+    kept_b: int
+    home: int
+    placed: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +123,17 @@ class CallTime:
     """Predicted end of one call, picoseconds from its start.
 
     Args:
-        by_rank: when each rank has its outputs, [num_ranks].
+        phases: of each rank, [num_ranks].
         engine: how long each rank's engine is busy, [num_ranks].
     """
 
-    by_rank: tuple[int, ...]
+    phases: tuple[RankPhases, ...]
     engine: tuple[int, ...]
+
+    @property
+    def by_rank(self) -> tuple[int, ...]:
+        """When each rank has its outputs, [num_ranks]."""
+        return tuple(rank.end for rank in self.phases)
 
     @property
     def slowest(self) -> int:
@@ -161,6 +201,15 @@ def rows_on_the_way_back(num_ranks: int, moves: Sequence[Move]) -> list[int]:
     return rows
 
 
+class _Work(NamedTuple):
+    """When a rank has computed what."""
+
+    kept_a: int
+    received: int
+    wgrad: int
+    kept_b: int
+
+
 class _Call:
     """One call of all ranks; csrc/cost.cpp is its twin, line by line."""
 
@@ -173,23 +222,36 @@ class _Call:
 
     def run(self) -> CallTime:
         arrived = self._push()
-        kept, received = self._kept(), self._received()
-        computed, ends = self._compute(arrived, kept, received)
+        received = self._received()
+        worked = self._compute(arrived, self._kept(), received)
+        computed = [work.received for work in worked]
         home = self._return(computed)
-        costs, ranks = self.costs, len(self.counts)
-        sent = [0] * ranks
+        sent = [0] * len(self.counts)
         for move in self.moves:
             sent[move.owner_rank] += move.num_rows
-        ends = [max(ends[r], home[r]) + sent[r] * costs.row_place for r in range(ranks)]
-        if self.backward:
-            ends = self._late(computed, received, ends)
-        return CallTime(tuple(ends), tuple(self.busy))
+        home = [max(work.kept_b, at) for work, at in zip(worked, home, strict=True)]
+        placed = [at + rows * self.costs.row_place for at, rows in zip(home, sent, strict=True)]
+        ends = self._late(computed, received, placed) if self.backward else placed
+        phases = tuple(
+            RankPhases(
+                kept_a=work.kept_a,
+                arrived=max(work.kept_a, arrived[r]),
+                received=work.received,
+                wgrad=work.wgrad,
+                kept_b=work.kept_b,
+                home=home[r],
+                placed=placed[r],
+                end=ends[r],
+            )
+            for r, work in enumerate(worked)
+        )
+        return CallTime(phases, tuple(self.busy))
 
     # ------------------------------------------------------------------------------- the engine
 
     def _copy(self, source: int, ready: int, duration: int) -> int:
         """Queue a copy that may start at `ready`; when it has arrived."""
-        duration += self.costs.copy
+        duration = (duration + self.costs.copy) * (1 + self.costs.shares_core)
         self.engine[source] = max(self.engine[source], ready) + duration
         self.busy[source] += duration
         return self.engine[source]
@@ -229,7 +291,7 @@ class _Call:
         if rows == 0:
             return 0
         tile = self.costs.tile_rows
-        return max(-(-rows // tile) * tile * row_time, self.costs.weight_read)
+        return max(-(-rows // tile) * tile * row_time, self.costs.weight_read) + self.costs.gemm
 
     def _segment(self, rows: int) -> int:
         """All of one expert's GEMMs in this call."""
@@ -254,19 +316,35 @@ class _Call:
                 times[move.dst_rank][1] += self._gemm(move.num_rows, costs.row_wgrad)
         return [(first, second) for first, second in times]
 
+    def _stolen(self) -> list[tuple[int, int]]:
+        """Of each rank's core, by its copies of level 1, and by those of levels 2 and 3."""
+        costs, times = self.costs, [[0, 0] for _ in self.counts]
+        push = costs.row_push_backward if self.backward else costs.row_push
+        back = costs.row_return_backward if self.backward else costs.row_return
+        for move in self.moves:
+            times[move.owner_rank][0] += move.num_rows * push + costs.weight_push + 2 * costs.copy
+            times[move.dst_rank][1] += move.num_rows * back + costs.copy
+            if self.backward:
+                times[move.dst_rank][1] += costs.grad_push + costs.copy
+        return [(first * costs.shares_core, then * costs.shares_core) for first, then in times]
+
     def _compute(
         self, arrived: list[int], kept: list[int], received: list[tuple[int, int]]
-    ) -> tuple[list[int], list[int]]:
-        """When the received rows may go home, and when each rank has computed everything."""
+    ) -> list[_Work]:
+        """What each rank's GEMMs do, and when."""
         per_row = self.costs.row_return_backward if self.backward else self.costs.row_return
-        returning = rows_on_the_way_back(len(kept), self.moves)
-        computed, ends = [], []
+        returning, stolen = rows_on_the_way_back(len(kept), self.moves), self._stolen()
+        works = []
         for rank, work in enumerate(kept):
             kept_b = min(work, returning[rank] * per_row)
-            begin = max(work - kept_b, arrived[rank])
-            computed.append(begin + received[rank][0])
-            ends.append(computed[-1] + received[rank][1] + kept_b)
-        return computed, ends
+            kept_a = work - kept_b + min(work, stolen[rank][0])
+            computed = max(kept_a, arrived[rank]) + received[rank][0]
+            wgrad = computed + received[rank][1]
+            # At most what is left to compute: an idle core loses nothing. (Kept B is whole experts,
+            # and longer than the way back, so all of what is kept may count as left.)
+            lost = min(work + received[rank][1], stolen[rank][1])
+            works.append(_Work(kept_a, computed, wgrad, wgrad + kept_b + lost))
+        return works
 
     def _late(
         self, computed: list[int], received: list[tuple[int, int]], ends: list[int]
