@@ -111,9 +111,8 @@ class FEPLBMoELayer(MoELayer):
         if record is None:
             return
         num_layers = self.config.num_layers + (getattr(self.config, "mtp_num_layers", None) or 0)
-        names = ("load_imbalance", "load_imbalance_after")
         device = self.router.weight.device
-        for name, value in zip(names, imbalances(record), strict=True):
+        for name, value in load_metrics(record, self.balancer_config).items():
             tensor = torch.full((), value, dtype=torch.float32, device=device)
             self._record_metric(name, tensor, self.layer_number, num_layers)
 
@@ -121,6 +120,25 @@ class FEPLBMoELayer(MoELayer):
 def imbalances(record: CallRecord) -> tuple[float, float]:
     """max / mean of the ranks' rows, as routed and as computed; 1.0 where there are none."""
     return load_imbalance(record.loads_before), load_imbalance(record.loads_after)
+
+
+def load_metrics(record: CallRecord, config: BalancerConfig) -> dict[str, float]:
+    """max / mean of the ranks' rows in one call, by metric name; 1.0 where there are no rows.
+
+    Returns:
+        ``load_imbalance``: as routed; ``load_imbalance_after``: as computed;
+        ``load_imbalance_floor``: below which no plan of whole experts can get; and where the config
+        has a target_imbalance, ``load_imbalance_target``.
+    """
+    before, after = imbalances(record)
+    metrics = {
+        "load_imbalance": before,
+        "load_imbalance_after": after,
+        "load_imbalance_floor": record.whole_expert_floor,
+    }
+    if config.target_imbalance is not None:
+        metrics["load_imbalance_target"] = config.target_imbalance
+    return metrics
 
 
 def _metric_recorder() -> Callable[..., None]:

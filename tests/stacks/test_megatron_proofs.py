@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from megatron_runs import (
@@ -22,6 +23,10 @@ from megatron_runs import (
 )
 from ranks import run_ranks
 from test_megatron_bits import CASES, RECOMPUTE, _prepare_flex
+
+from feplb import BalancerConfig
+from feplb.call import CallRecord
+from feplb.integrations.megatron import load_metrics
 
 GATHER = CASES["overlapped_param_gather"]
 
@@ -211,17 +216,31 @@ def test_the_old_tracker_has_the_imbalance_of_every_layer() -> None:
         assert all(sum_of_two >= 2.0 for sum_of_two in before + after)  # each at least 1
         assert sum(after) < sum(before)
         assert sum(before) < 4 * 4  # a recompute is not counted again
+        floor = values["load_imbalance_floor"]
+        assert len(floor) == 2
+        assert all(2.0 <= low <= high + 1e-6 for low, high in zip(floor, after, strict=True))
+        assert "load_imbalance_target" not in values
         assert outcome.moved > 0
 
 
 def test_the_new_tracker_has_the_imbalance_of_every_call() -> None:
     for _, seen in run_ranks(metrics, 4, True):
-        assert len(seen) == 2 * 2 * 2  # metrics, layers, micro-batches
+        assert len(seen) == 3 * 2 * 2  # metrics, layers, micro-batches
         assert {(name, layer, num_layers) for name, _, layer, num_layers in seen} == {
             (name, layer, 2)
-            for name in ("load_imbalance", "load_imbalance_after")
+            for name in ("load_imbalance", "load_imbalance_after", "load_imbalance_floor")
             for layer in (1, 2)
         }
+
+
+def test_the_metrics_of_a_call_by_hand() -> None:
+    # Rank loads 12 and 4, mean 8. Rank 0's expert 1 of 2 rows goes away: 10 and 6. The hottest
+    # expert has 10 rows: whole experts cannot get below 10 / 8.
+    record = CallRecord(np.array([[10, 2], [3, 1]]), np.array([[1, 0, 1, 0, 2]]), plan_us=0.0)
+    seen = {"load_imbalance": 1.5, "load_imbalance_after": 1.25, "load_imbalance_floor": 1.25}
+    assert load_metrics(record, BalancerConfig()) == seen
+    wanted = BalancerConfig(policy="refine", target_imbalance=1.3)
+    assert load_metrics(record, wanted) == {**seen, "load_imbalance_target": 1.3}
 
 
 @pytest.fixture(autouse=True)
