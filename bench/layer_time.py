@@ -25,8 +25,9 @@ import tempfile
 import time
 import traceback
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -48,6 +49,7 @@ from report import Report, arguments, median, percentile
 
 from feplb.scheduler import POLICIES
 
+Measure = Callable[[int, Any, bool], Any]
 HEAD_START_NS = 100_000  # from the last rank's arrival to the common start
 DEADLINE_NS = 120 * 10**9
 # One thread per rank, and no page faults once warm: freed memory goes back to no one.
@@ -159,7 +161,7 @@ def _lane(arm: Arm) -> tuple[int, int]:
     return moved, stats["copy_thread_cpu_ns"]
 
 
-def measure(rank: int, schedule: Schedule, words: Any, show_progress: bool) -> list[Sample]:
+def measure(schedule: Schedule, rank: int, words: Any, show_progress: bool) -> list[Sample]:
     """Check, then time, everything; one rank's samples in the order both ranks share."""
     layer, clock = RankLayer(rank, schedule.shape, schedule.policies), Clock(rank, words)
     order, samples = random.Random(0), []
@@ -244,14 +246,14 @@ class _Progress:
 
 
 def run_rank(
-    rank: int, schedule: Schedule, words: Any, folder: str, progress: bool, results: Connection
+    rank: int, measure: Measure, words: Any, folder: str, progress: bool, results: Connection
 ) -> None:
     """The body of a rank's process, which is pinned already."""
     try:
         torch.set_num_threads(1)
         store = dist.FileStore(f"{folder}/store", NUM_RANKS)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=NUM_RANKS)
-        samples = measure(rank, schedule, words, progress and rank == 0)
+        samples = measure(rank, words, progress and rank == 0)
         dist.destroy_process_group()
         results.send(samples)
     except BaseException:
@@ -259,20 +261,25 @@ def run_rank(
         raise
 
 
-def run_ranks(schedule: Schedule, progress: bool) -> list[Sample]:
-    """Start one process per core, and join their samples; SystemExit if a rank fails."""
+def run_ranks(measure: Measure, progress: bool) -> list[Any]:
+    """Start one process per core; what `measure` returned on each rank. SystemExit if one fails.
+
+    Args:
+        measure: called with rank, shared words for a Clock, and whether to show progress; can be
+            pickled.
+    """
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < NUM_RANKS:
-        raise SystemExit(f"layer_time needs {NUM_RANKS} cores of its own, this machine has 1")
+        raise SystemExit(f"{NUM_RANKS} ranks need a core each, this machine has {len(cores)}")
     context = multiprocessing.get_context("spawn")
     words = context.RawArray(ctypes.c_int64, 8 * 5)
     os.environ.update(RANK_ENVIRONMENT)
     pipes, processes = [], []
-    with tempfile.TemporaryDirectory(prefix="feplb-layer-time-") as folder:
+    with tempfile.TemporaryDirectory(prefix="feplb-ranks-") as folder:
         try:
             for rank in range(NUM_RANKS):
                 here, there = context.Pipe(duplex=False)
-                args = (rank, schedule, words, folder, progress, there)
+                args = (rank, measure, words, folder, progress, there)
                 process = context.Process(target=run_rank, args=args, daemon=True)
                 os.sched_setaffinity(0, {cores[rank]})  # inherited from its first instruction
                 process.start()
@@ -286,11 +293,11 @@ def run_ranks(schedule: Schedule, progress: bool) -> list[Sample]:
         finally:
             for process in processes:
                 process.kill()
-    return [mine.with_other_rank(other) for mine, other in zip(*of_ranks, strict=True)]
+    return of_ranks
 
 
-def _collect(pipes: Sequence[Connection]) -> list[list[Sample]]:
-    found: dict[int, list[Sample]] = {}
+def _collect(pipes: Sequence[Connection]) -> list[Any]:
+    found: dict[int, Any] = {}
     while len(found) < len(pipes):
         for ready in wait([pipe for i, pipe in enumerate(pipes) if i not in found]):
             rank = next(i for i, pipe in enumerate(pipes) if pipe is ready)
@@ -307,7 +314,8 @@ def _collect(pipes: Sequence[Connection]) -> list[list[Sample]]:
 def main(options: Namespace) -> None:
     schedule = replace(QUICK if options.quick else FULL, policies=tuple(options.policies))
     shape = schedule.shape
-    samples = run_ranks(schedule, progress=not options.quick)
+    of_ranks = run_ranks(partial(measure, schedule), progress=not options.quick)
+    samples = [mine.with_other_rank(other) for mine, other in zip(*of_ranks, strict=True)]
     report = Report(bench="layer_time", lane="host")
     report.header(
         ranks=NUM_RANKS, threads=1, experts_per_rank=shape.experts, hidden=shape.hidden,

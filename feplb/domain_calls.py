@@ -76,6 +76,8 @@ class DomainCalls:
         ranks: who is in the domain.
         config, layers: as the Balancer has them.
         lane: as proven at start-up.
+    Attributes:
+        lane_gbps: rate of the lane that is planned with, 10^9 bytes per second.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class DomainCalls:
         self.micro_batches = [0] * len(layers)
         self._config = config
         self._rank = ranks.rank
-        self._lane_gbps = lane_gbps(config, lane.gbps)
+        self.lane_gbps = lane_gbps(config, lane.gbps)
         self._gemm_gflops = (
             gemm_gflops(config) if lane.machine is None else gpu_gemm_gflops(config, lane.machine)
         )
@@ -293,7 +295,7 @@ class DomainCalls:
             return 0
         returning = rows_on_the_way_back(self._rank, agreement.moves)
         seconds_per_row = spec.flops_per_row / (self._gemm_gflops * 1e9)
-        way_back_s = returning * spec.row_bytes / (self._lane_gbps * 1e9)
+        way_back_s = returning * spec.row_bytes / (self.lane_gbps * 1e9)
         return int(way_back_s / seconds_per_row) + 1
 
     # ------------------------------------------------------------------------ level 3, weight grads
