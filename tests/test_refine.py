@@ -58,6 +58,11 @@ def test_each_of_four_ranks_is_closed_by_one_copy() -> None:
     assert max(loads_of(counts, copies=8)) == 45
 
 
+def test_a_rank_may_give_to_one_that_passes_it_on() -> None:
+    counts = [[1, 8], [1, 8], [6, 3], [4, 1]]  # 9 9 9 5: rank 2 takes 1 and 1, and gives 3
+    assert loads_of(counts, copies=3) == [8, 8, 8, 8]
+
+
 def test_a_target_takes_fewer_copies() -> None:
     counts = calibrated(8, seed=SEED, step=0)
     exact = plan_of(counts)
@@ -126,12 +131,12 @@ def test_counts_that_no_training_has_are_survived() -> None:
 
 
 @cache
-def removed(ep_size: int, copies: int) -> float:
+def removed(ep_size: int, copies: int, search_steps: int) -> float:
     """Share of the mean token straggler removed, percent; 1 - mean left / mean before."""
     before = after = 0.0
     for step in range(NUM_STEPS):
         counts = calibrated(ep_size, seed=SEED, step=step, layer=step)
-        plan = plan_of(counts, copies)
+        plan = plan_of(counts, copies, search_steps=search_steps)
         assert len(plan.moves) <= copies
         before += token_straggler(plan.loads_before(counts))
         after += token_straggler(plan.loads_after(counts))
@@ -140,8 +145,13 @@ def removed(ep_size: int, copies: int) -> float:
 
 # Of the same loads, the paper's FEPLB removes 51, 63 and 70 %.
 @pytest.mark.parametrize(
-    ("ep_size", "copies", "least"),
-    [(2, 4, 99.9), (4, 4, 98.9), (4, 8, 99.8), (8, 8, 99.0), (8, 16, 99.6)],
-)
-def test_calibrated_loads_lose_their_straggler(ep_size: int, copies: int, least: float) -> None:
-    assert removed(ep_size, copies) >= least
+    ("ep_size", "copies", "search_steps", "least"),
+    [
+        (2, 4, 0, 99.9), (4, 4, 0, 98.9), (4, 8, 0, 99.8),
+        (8, 8, 0, 99.2), (8, 8, 400, 99.4), (8, 16, 0, 99.6),
+    ],
+)  # fmt: skip
+def test_calibrated_loads_lose_their_straggler(
+    ep_size: int, copies: int, search_steps: int, least: float
+) -> None:
+    assert removed(ep_size, copies, search_steps) >= least

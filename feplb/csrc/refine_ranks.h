@@ -100,10 +100,17 @@ Transfer best_transfer(const Ranks& ranks, int32_t src, int32_t dst, int64_t goa
 // False, and nothing done, where a limit forbids it.
 bool carry_out(Ranks& ranks, int32_t src, int32_t dst, const Transfer& transfer);
 
+// How long a try of close_one_by_one goes on, and how widely it looks.
+struct Effort {
+  int32_t steps;
+  int32_t late;  // while so many ranks are open, or fewer, one closing may waste all the slack
+};
+
 // Each fills the best plan of `ranks` if it finds a better one; all shifts are taken back.
-// One copy brings one rank to at most `most` rows and near it; false if it finds no such plan.
+// One copy brings one rank to at most `most` rows and near it; false if it finds no such plan. At
+// most 31 ranks.
 bool close_one_by_one(Ranks& ranks, RefineScratch& scratch, int64_t most, int32_t max_copies,
-                      int32_t skip, int32_t max_steps, int32_t& steps);
+                      const Effort& effort, int32_t& steps);
 // The rank farthest from the mean gets a transfer of up to two copies, again and again; `skip`
 // starts with the second or third farthest.
 void pair_off(Ranks& ranks, RefineScratch& scratch, int32_t max_copies, int32_t skip);
