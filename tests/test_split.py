@@ -99,6 +99,18 @@ def test_an_owner_of_two_experts_fills_the_helper_that_one_of_them_fits() -> Non
     assert short(plan) == [(0, 0, 2, 8, 20), (0, 1, 1, 4, 20)]
 
 
+def test_groups_are_chosen_by_what_their_experts_allow() -> None:
+    # loads 2 | 12 | 5 | 17 | 8 | 10, T = 9. 8 rows leave rank 3, of experts of 6, 5 and 6. Ranks 0
+    # and 4 have room for 7 and 1, but no expert has the 7: three copies, and two for the others.
+    # With rank 1 it fills ranks 0 and 2 in three, and rank 5 has one row for rank 4.
+    counts = [[0, 2, 0], [5, 1, 6], [2, 1, 2], [6, 5, 6], [3, 0, 5], [5, 0, 5]]
+    plan = split(counts)
+    assert most_after(plan, counts) == 9
+    assert {(move.owner_rank, move.dst_rank, move.num_rows) for move in plan.moves} == {
+        (5, 4, 1), (1, 0, 3), (3, 0, 4), (3, 2, 4),
+    }  # fmt: skip
+
+
 def test_experts_below_a_tile_move_whole() -> None:
     # T = 128 (tiles of 128) asks for 82 rows of experts of 70: one whole expert is all that helps.
     plan = split([[70, 70, 70], [0, 0, 0]], grain_rows=128)

@@ -88,7 +88,8 @@ PURE = [
         "split.h", "split.cpp",
         "refine.h", "refine.cpp", "refine_ranks.h", "refine_ranks.cpp", "refine_close.cpp",
         "refine_pairs.cpp", "refine_relieve.cpp", "refine_polish.cpp", "split_match.h",
-        "split_match.cpp", "split_subsets.h", "split_subsets.cpp", "cost.h", "cost.cpp",
+        "split_match.cpp", "split_cover.h", "split_cover.cpp", "split_subsets.h",
+        "split_subsets.cpp", "cost.h", "cost.cpp",
         "auto_plan.h", "auto_plan.cpp", "plan_check.h", "plan_check.cpp",
     )
 ]  # fmt: skip

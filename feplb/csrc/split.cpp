@@ -233,6 +233,7 @@ void reserve(const PlanInput& input, SplitScratch& scratch, std::vector<Move>& m
   scratch.tried.reserve(copies);
   scratch.best.reserve(copies);
   scratch.pieces.reserve(most);
+  scratch.match.best_pieces.reserve(most);
   for (auto* of_ranks : {&scratch.load, &scratch.after, &scratch.order})
     of_ranks->reserve(num_ranks);
   scratch.num_moves.reserve(num_ranks);

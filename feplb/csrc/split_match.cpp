@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "split_cover.h"
 #include "split_subsets.h"
 
 namespace feplb {
@@ -12,10 +13,6 @@ using Nodes = std::vector<SplitNode>;
 
 constexpr int kMaxEnumerated = MatchScratch::kMaxEnumerated;
 constexpr int64_t kAll = std::numeric_limits<int64_t>::max();
-
-bool more_tiles(const SplitNode& a, const SplitNode& b) {
-  return a.tiles > b.tiles || (a.tiles == b.tiles && a.rank < b.rank);
-}
 
 void drop_empty(Nodes& nodes) {
   const auto empty = [](const SplitNode& node) { return node.tiles == 0; };
@@ -29,19 +26,14 @@ struct Matcher {
   int64_t grain;
   int64_t least;      // fewest tiles worth a move
   int64_t slack = 0;  // tiles of room beyond the need
+  GroupCover group{input, scratch, pieces, grain, least};
+  size_t num_matched = 0;      // pieces made before subsets are looked at
+  int64_t best_copies = kAll;  // that best_pieces take beyond these
 
-  const int32_t* experts_of(int32_t rank) const {
-    return input.counts + int64_t{rank + 1} * input.num_local_experts - input.limits.num_dynamic;
-  }
-
-  void next_expert() const;
-  int32_t experts_needed(int32_t rank, int64_t tiles) const;
   int64_t find_nodes(const std::vector<int64_t>& load, int64_t target);
-  int64_t cover_owner(const SplitNode& owner, bool widest);
-  int64_t cover_as(int way);
-  void cover_group();
   void cover_all();
-  void cover_mask(uint32_t mask);
+  int64_t cover_mask(uint32_t mask);
+  int cover_groups(const uint32_t* groups, int num_groups);
   void match_pairs(int64_t most);
   void match_two_owners(int64_t most);
   void match_two_helpers(int64_t most);
@@ -51,29 +43,6 @@ struct Matcher {
 };
 
 // ------------------------------------------------------------------------------ needs and rooms
-
-// Appends the next fullest expert to expert_tiles.
-void Matcher::next_expert() const {
-  const auto next =
-      scratch.expert_rows.begin() + static_cast<std::ptrdiff_t>(scratch.expert_tiles.size());
-  std::iter_swap(next, std::max_element(next, scratch.expert_rows.end()));
-  scratch.expert_tiles.push_back(divide(*next, grain));
-}
-
-// Fewest experts of this owner that have the tiles; all, if they do not. Fills expert_tiles with
-// them, unless one will do.
-int32_t Matcher::experts_needed(int32_t rank, int64_t tiles) const {
-  const int32_t* rows = experts_of(rank);
-  const int32_t* end = rows + input.limits.num_dynamic;
-  if (*std::max_element(rows, end) >= tiles * grain) return 1;
-  scratch.expert_rows.assign(rows, end);
-  scratch.expert_tiles.clear();
-  for (int32_t needed = 1;; ++needed) {
-    next_expert();
-    tiles -= scratch.expert_tiles.back();
-    if (tiles <= 0 || needed == input.limits.num_dynamic) return needed;
-  }
-}
 
 // Fills `surplus` and `room`; returns how many copies it takes at least.
 int64_t Matcher::find_nodes(const std::vector<int64_t>& load, int64_t target) {
@@ -86,7 +55,7 @@ int64_t Matcher::find_nodes(const std::vector<int64_t>& load, int64_t target) {
     const int64_t over = load[static_cast<size_t>(rank)] - target;
     if (over > 0) {
       const int64_t tiles = std::max(least, divide_up(over, grain));
-      scratch.surplus.push_back({rank, 0, experts_needed(rank, tiles), tiles});
+      scratch.surplus.push_back({rank, 0, group.experts_needed(rank, tiles), tiles});
       copies += scratch.surplus.back().experts;
       slack -= tiles;
     } else {
@@ -101,102 +70,15 @@ int64_t Matcher::find_nodes(const std::vector<int64_t>& load, int64_t target) {
   return copies;
 }
 
-// --------------------------------------------------------------------------------- best fit: cover
-
-// The helper with the least room that is enough, or else the one with the most.
-SplitNode& best_fit(Nodes& room, int64_t tiles) {
-  size_t fit = 0;
-  size_t roomiest = 0;
-  int64_t fit_tiles = kAll;
-  for (size_t i = 0; i < room.size(); ++i) {
-    const bool fits = (room[i].tiles >= tiles) & (room[i].tiles < fit_tiles);
-    fit = fits ? i : fit;
-    fit_tiles = fits ? room[i].tiles : fit_tiles;
-    roomiest = room[i].tiles > room[roomiest].tiles ? i : roomiest;
-  }
-  return room[fit_tiles < kAll ? fit : roomiest];
-}
-
-// The helper with most room that an expert of `low` to `high` tiles fills, or null.
-SplitNode* filled_by(Nodes& room, int64_t low, int64_t high) {
-  SplitNode* found = nullptr;
-  for (SplitNode& helper : room)
-    if (low <= helper.tiles && helper.tiles <= high && (!found || helper.tiles > found->tiles))
-      found = &helper;
-  return found;
-}
-
-// Pieces for one owner out of group_left. Each ends the need, or a helper's room, or one of the
-// experts that the need takes in any case. A need that no room is left for stays. Returns the
-// copies that it takes beyond one for each piece.
-int64_t Matcher::cover_owner(const SplitNode& owner, bool widest) {
-  const std::vector<int64_t>& experts = scratch.expert_tiles;
-  int64_t others = 0;  // tiles of the experts that the next pieces may take, most first
-  int64_t more = 0;
-  if (owner.experts > 1) experts_needed(owner.rank, owner.tiles);
-  for (int32_t i = 1; i < owner.experts; ++i) others += experts[static_cast<size_t>(i)];
-  size_t expert = 0;
-  for (int64_t need = owner.tiles; need > 0;) {
-    const bool whole = owner.experts == 1 || experts[expert] >= need;
-    const int64_t most = whole || others == 0 ? need : experts[expert];
-    SplitNode* helper = whole ? nullptr : filled_by(scratch.group_left, need - others, most);
-    if (helper == nullptr) helper = &best_fit(scratch.group_left, widest ? kAll : most);
-    int64_t tiles = std::min(most, helper->tiles);
-    if (need > tiles && need - tiles < least) tiles = need - least;
-    if (tiles < least) break;
-    pieces.push_back({owner.rank, helper->rank, tiles});
-    more += !whole && tiles > experts[expert];
-    helper->tiles = --helper->slots > 0 ? helper->tiles - tiles : 0;
-    need -= tiles;
-    if (!whole && need <= others && others > 0) others -= experts[++expert];
-  }
-  return more;
-}
-
-// Covers the group in one of four ways: who cuts several experts comes first or last, the others
-// take the tightest room or the widest. Returns the copies, as far as can be told from here.
-int64_t Matcher::cover_as(int way) {
-  const size_t before = pieces.size();
-  int64_t copies = 0;
-  scratch.group_left = scratch.group_room;
-  for (const bool cuts : {(way & 1) == 0, (way & 1) != 0})
-    for (const SplitNode& owner : scratch.group_surplus)
-      if ((owner.experts > 1) == cuts) copies += cover_owner(owner, !cuts && (way & 2) != 0);
-  return copies + static_cast<int64_t>(pieces.size() - before);
-}
-
-// At most (owners + helpers - 1) pieces, where no owner cuts more than one expert; else the best
-// way.
-void Matcher::cover_group() {
-  if (scratch.group_room.empty()) return;
-  const size_t before = pieces.size();
-  int64_t fewest = cover_as(0);
-  int64_t experts = 0;
-  for (const SplitNode& owner : scratch.group_surplus) experts += owner.experts;
-  const size_t tree = scratch.group_surplus.size() + scratch.group_room.size() - 1;
-  const int64_t enough = std::max(experts, static_cast<int64_t>(tree));
-  int best = 0;
-  for (int way = 1; way < 4 && fewest > enough; ++way) {
-    pieces.resize(before);
-    const int64_t copies = cover_as(way);
-    if (copies < fewest) best = way;
-    fewest = std::min(fewest, copies);
-    if (way == 3 && best != 3) {
-      pieces.resize(before);
-      cover_as(best);
-    }
-  }
-}
-
 void Matcher::cover_all() {
   scratch.group_surplus = scratch.surplus;
   scratch.group_room = scratch.room;
-  cover_group();
+  group.cover();
 }
 
 // ----------------------------------------------------------------------------- few ranks: subsets
 
-void Matcher::cover_mask(uint32_t mask) {
+int64_t Matcher::cover_mask(uint32_t mask) {
   const size_t num_owners = scratch.surplus.size();
   scratch.group_surplus.clear();
   scratch.group_room.clear();
@@ -204,7 +86,7 @@ void Matcher::cover_mask(uint32_t mask) {
     if (mask >> i & 1) scratch.group_surplus.push_back(scratch.surplus[i]);
   for (size_t i = 0; i < scratch.room.size(); ++i)
     if (mask >> (num_owners + i) & 1) scratch.group_room.push_back(scratch.room[i]);
-  cover_group();
+  return group.cover();
 }
 
 // Two owners and two helpers at least: with fewer, there is but one group.
@@ -215,15 +97,31 @@ bool Matcher::few_ranks() const {
          scratch.surplus.size() + scratch.room.size() <= kMaxEnumerated && tiles < 1 << 30;
 }
 
-void Matcher::match_subsets() {
-  std::array<uint32_t, kMaxEnumerated> groups;
-  const int num_groups = find_groups(slack, scratch, groups);
+// Covers these groups, and all other ranks together; keeps the pieces if they take fewest copies.
+// Returns the copies beyond the experts that the owners must cut.
+int Matcher::cover_groups(const uint32_t* groups, int num_groups) {
   uint32_t rest = (1u << (scratch.surplus.size() + scratch.room.size())) - 1;
+  int64_t copies = 0;
+  pieces.resize(num_matched);
   for (int i = 0; i < num_groups; ++i) {
-    cover_mask(groups[static_cast<size_t>(i)]);
-    rest &= ~groups[static_cast<size_t>(i)];
+    copies += cover_mask(groups[i]);
+    rest &= ~groups[i];
   }
-  cover_mask(rest);
+  copies += cover_mask(rest);
+  if (copies < best_copies) {
+    best_copies = copies;
+    scratch.best_pieces = pieces;
+  }
+  for (const SplitNode& owner : scratch.surplus) copies -= owner.experts;
+  return static_cast<int>(copies);
+}
+
+void Matcher::match_subsets() {
+  num_matched = pieces.size();
+  find_groups(slack, scratch, [this](const uint32_t* groups, int num_groups) {
+    return cover_groups(groups, num_groups);
+  });
+  pieces.swap(scratch.best_pieces);
 }
 
 // ---------------------------------------------------------------------- many ranks: small groups

@@ -19,6 +19,10 @@ struct SplitNode {  // a rank with tiles of grain_rows to ship, or with room for
   int64_t tiles;
 };
 
+inline bool more_tiles(const SplitNode& a, const SplitNode& b) {
+  return a.tiles > b.tiles || (a.tiles == b.tiles && a.rank < b.rank);
+}
+
 struct SplitPiece {
   int32_t owner;
   int32_t helper;
@@ -33,6 +37,7 @@ struct MatchScratch {
   std::vector<int32_t> expert_rows;   // [num_dynamic] of one owner
   std::vector<int64_t> expert_tiles;  // of the same owner, only of its fullest, most first
   std::vector<uint64_t> groups;
+  std::vector<SplitPiece> best_pieces;
   std::array<int32_t, 1 << kMaxEnumerated> sums;
   std::array<uint8_t, 1 << kMaxEnumerated> within;
 };

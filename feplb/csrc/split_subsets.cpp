@@ -10,14 +10,15 @@ constexpr int kMaxEnumerated = MatchScratch::kMaxEnumerated;
 constexpr int kMaxSearchSteps = 128;  // groups tried for fewest copies
 
 // Looks for the disjoint groups that take fewest copies. With e experts that its owners must cut
-// at least, a group takes max(e, o + h - 1) copies; counted is what exceeds e.
+// at least, a group takes max(e, o + h - 1) copies or more; counted is what exceeds e.
 struct GroupSearch {
   const MatchScratch& scratch;
   int64_t slack;  // tiles that all groups together may waste
   int num_owners = static_cast<int>(scratch.surplus.size());
   uint32_t full = (1u << (scratch.surplus.size() + scratch.room.size())) - 1;  // all ranks
   uint32_t owners = (1u << num_owners) - 1;
-  uint32_t cutters = 0;  // owners that cut more than one expert
+  uint32_t cutters = 0;          // owners that cut more than one expert
+  const Cover* cover = nullptr;  // what groups really take; null: what they take at least
   int steps_left = kMaxSearchSteps;
   int best_extra = kMaxEnumerated;
   int num_best = 0;
@@ -62,13 +63,17 @@ struct GroupSearch {
     std::sort(groups.begin(), groups.end());
   }
 
+  void keep_if_better(int extra, int depth) {
+    if (cover != nullptr) extra = (*cover)(chosen, depth);
+    if (extra >= best_extra) return;
+    best_extra = extra;
+    num_best = depth;
+    std::copy_n(chosen, depth, best);
+  }
+
   void search(size_t first, uint32_t used, int64_t waste, int cost, int depth) {
     const int total = cost + extra_of_rest(full & ~used);
-    if (total < best_extra) {
-      best_extra = total;
-      num_best = depth;
-      std::copy_n(chosen, depth, best);
-    }
+    if (total < best_extra) keep_if_better(total, depth);
     for (size_t i = first; i < scratch.groups.size(); ++i) {
       const uint32_t mask = static_cast<uint32_t>(scratch.groups[i]) & full;
       const int more = static_cast<int>(scratch.groups[i] >> 48);
@@ -99,14 +104,17 @@ void sum_subsets(int64_t slack, MatchScratch& scratch) {
 
 }  // namespace
 
-int find_groups(int64_t slack, MatchScratch& scratch,
-                std::array<uint32_t, MatchScratch::kMaxEnumerated>& found) {
+void find_groups(int64_t slack, MatchScratch& scratch, const Cover& cover) {
   sum_subsets(slack, scratch);
   GroupSearch search(scratch, slack);
   search.list(scratch.groups);
   search.search(0, 0, 0, 0, 0);
-  std::copy_n(search.best, search.num_best, found.begin());
-  return search.num_best;
+  const int extra = cover(search.best, search.num_best);
+  if (extra <= search.best_extra) return;
+  GroupSearch real(scratch, slack);
+  real.cover = &cover;
+  real.best_extra = extra;
+  real.search(0, 0, 0, 0, 0);
 }
 
 }  // namespace feplb
