@@ -256,6 +256,8 @@ void split(const PlanInput& input, SplitScratch& scratch, std::vector<Move>& mov
   reserve(input, scratch, moves);
   const int64_t target = first_target(input, scratch);
   int64_t best_most = most_rows(scratch.load);
+  const bool few_ranks = input.num_ranks <= MatchScratch::kMaxEnumerated;
+  scratch.match.orders_left = few_ranks ? MatchScratch::kMaxOrders : 0;
   scratch.best.clear();
   if (target >= best_most) return;
   if (!try_target(input, target, best_most, scratch))

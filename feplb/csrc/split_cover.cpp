@@ -149,7 +149,7 @@ int64_t GroupCover::cover_with_less_than(int64_t copies) {
   Nodes &owners = scratch.group_surplus, &helpers = scratch.group_room;
   for (size_t i = 0; i < owners.size(); ++i) {
     do {
-      if (--orders_left < 0) break;
+      if (--scratch.orders_left < 0) break;
       const int64_t found = cover_in_order();
       if (found < copies) return found;
       pieces.resize(before);
@@ -177,7 +177,7 @@ int64_t GroupCover::cover() {
   }
   if (fewest <= enough) return fewest;
   pieces.resize(before);
-  const int64_t copies = orders_left > 0 ? cover_with_less_than(fewest) : kAll;
+  const int64_t copies = scratch.orders_left > 0 ? cover_with_less_than(fewest) : kAll;
   if (copies < fewest) return copies;
   return cover_as(best);
 }

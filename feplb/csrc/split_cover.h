@@ -11,14 +11,11 @@
 namespace feplb {
 
 struct GroupCover {
-  static constexpr int kMaxOrders = 64;  // of ranks, tried for one plan
-
   const PlanInput& input;
   MatchScratch& scratch;
   std::vector<SplitPiece>& pieces;
   int64_t grain;
   int64_t least;  // fewest tiles worth a move
-  int orders_left = input.num_ranks <= MatchScratch::kMaxEnumerated ? kMaxOrders : 0;
 
   // Fewest experts of this owner that have the tiles; all, if they do not. Fills expert_tiles with
   // them, unless one will do.

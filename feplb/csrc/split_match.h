@@ -31,6 +31,9 @@ struct SplitPiece {
 
 struct MatchScratch {
   static constexpr int kMaxEnumerated = 10;  // ranks whose subsets are all looked at
+  static constexpr int kMaxOrders = 64;      // of few ranks, tried for one plan
+
+  int orders_left = 0;  // of these
 
   std::vector<SplitNode> surplus, room;  // most tiles first
   std::vector<SplitNode> group_surplus, group_room, group_left;
