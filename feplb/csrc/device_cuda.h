@@ -2,8 +2,8 @@
 // runs anywhere: copies go through the copy engines, flags are words of pinned host memory that
 // streams write and await.
 //
-// Threads: that of the caller and that of the mover, as device.h says. No call waits for a peer, but
-// any may be held by the driver.
+// Threads: that of the caller and that of the mover, as device.h says. No call waits for a peer,
+// but any may be held by the driver.
 #pragma once
 
 #include <memory>

@@ -23,7 +23,8 @@ class Watchdog {
   Watchdog(int rank, const std::vector<pid_t>& pids, CountBoard& board, Device& device,
            Failure& failure);
 
-  // A wait that lies in a stream, or is about to: `what` is the sentence to raise when `deadline` passes first.
+  // A wait that lies in a stream, or is about to: `what` is the sentence to raise when `deadline`
+  // passes first.
   void watch(const Flag* flag, Epoch epoch, TimePoint deadline, std::string what);
 
   void look();               // one look at waits, abort record and lifted flags; any thread
