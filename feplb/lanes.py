@@ -159,20 +159,28 @@ class CopyEngineLane:
     ) -> None:
         self._find_peers(peers, domain)
         if self._way == "vmm":
-            with _Sockets(name, domain, deadline_s) as sockets:
-                peers.together(sockets.listen)
-                fds: list[int] = []
-                peers.together(lambda: fds.extend(sockets.exchange(self._own.export_fd())))
-            try:
-                peers.together(lambda: self._open(domain, fds, num_bytes, self.core.open_fd))
-            finally:
-                for fd in fds:
-                    if fd >= 0:
-                        os.close(fd)
+            self._share_descriptors(peers, domain, name, num_bytes, deadline_s)
             return
         said = peers.together(self._own.export_ipc)
         handles = [said[rank] for rank in domain.group_ranks]
         peers.together(lambda: self._open(domain, handles, num_bytes, self.core.open_ipc))
+
+    def _share_descriptors(
+        self, peers: Peers, domain: DomainRanks, name: str, num_bytes: int, deadline_s: float
+    ) -> None:
+        own: list[int] = []
+        fds: list[int] = []
+        try:
+            # One step after the other: nobody waits for a descriptor that a peer does not have.
+            peers.together(lambda: own.append(self._own.export_fd()))
+            with _Sockets(name, domain, deadline_s) as sockets:
+                peers.together(sockets.listen)
+                peers.together(lambda: fds.extend(sockets.exchange(own[0])))
+            peers.together(lambda: self._open(domain, fds, num_bytes, self.core.open_fd))
+        finally:
+            for fd in own + fds:
+                if fd >= 0:
+                    os.close(fd)
 
     def _find_peers(self, peers: Peers, domain: DomainRanks) -> None:
         """Check how the GPUs are joined, and tell the core which ones the peers have, if seen."""
@@ -269,7 +277,7 @@ class _Sockets:
         self._listener.listen(self._domain.num_ranks)
 
     def exchange(self, own: int) -> list[int]:
-        """Every rank's descriptor, -1 in this rank's place; they are the caller's. Closes ``own``.
+        """Every rank's descriptor, -1 in this rank's place; they are the caller's.
 
         Raises:
             RuntimeError: a peer did not answer, or another user's process did.
@@ -300,7 +308,6 @@ class _Sockets:
                 "arena_handle='ipc'."
             ) from error
         finally:
-            os.close(own)
             for connection in asked.values():
                 connection.close()
         return fds

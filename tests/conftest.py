@@ -19,6 +19,14 @@ def pytest_configure() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def put(patch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    """Have these variables, and no others of the stand-in's."""
+    for known in [variable for variable in os.environ if variable.startswith("STAND_IN_")]:
+        patch.delenv(known)
+    for variable, value in variables.items():
+        patch.setenv(variable, value)
+
+
 @pytest.fixture(scope="module", params=["host", "ce"])
 def lane(request: pytest.FixtureRequest) -> Iterator[str]:
     """The ranks of what depends on it run over one lane, then over the other.
@@ -27,9 +35,13 @@ def lane(request: pytest.FixtureRequest) -> Iterator[str]:
     """
     name: str = request.param
     with pytest.MonkeyPatch.context() as patch:
-        for known in [variable for variable in os.environ if variable.startswith("STAND_IN_")]:
-            patch.delenv(known)
-        variables = stand_in.environment() if name == "ce" else {"FEPLB_LANE": name}
-        for variable, value in variables.items():
-            patch.setenv(variable, value)
+        put(patch, stand_in.environment() if name == "ce" else {"FEPLB_LANE": name})
         yield name
+
+
+@pytest.fixture(scope="module")
+def stand_in_machine() -> Iterator[None]:
+    """Every rank has the stand-in for a driver, and the ce lane."""
+    with pytest.MonkeyPatch.context() as patch:
+        put(patch, stand_in.environment())
+        yield

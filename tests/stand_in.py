@@ -25,7 +25,8 @@ KINDS = (
 @cache
 def library() -> Path:
     """Build it, unless it is up to date."""
-    flags = [*FLAGS, "-O2", "-fPIC", "-shared"]
+    # A copy of the file is another driver: nothing is one of a kind in a process.
+    flags = [*FLAGS, "-O2", "-fPIC", "-shared", "-fno-gnu-unique"]
     return compile_to(BUILD / "tests-driver" / "libcuda_stand_in.so", SOURCE, flags)
 
 
@@ -48,6 +49,10 @@ class StandIn:
     def fail(self, symbol: str, code: int, after: int = 0) -> None:
         """From the call on that follows ``after`` more; code 0: no longer."""
         self.functions.stand_in_fail(symbol.encode(), code, ctypes.c_int64(after))
+
+    def fail_once(self, symbol: str, code: int, after: int = 0) -> None:
+        """Only the call that follows ``after`` more."""
+        self.functions.stand_in_fail_once(symbol.encode(), code, ctypes.c_int64(after))
 
     def block(self, symbol: str, milliseconds: int) -> None:
         """Hold every call for so long; 0: no longer."""

@@ -20,6 +20,7 @@ constexpr Result kSuccess = 0;
 constexpr Result kOutOfMemory = 2;
 constexpr Result kNoDevice = 100;
 constexpr Result kPeerAccessUnsupported = 217;
+constexpr Result kOperatingSystem = 304;
 constexpr Result kNotReady = 600;
 constexpr Result kPeerAccessAlreadyEnabled = 704;
 constexpr Result kNotPermitted = 800;

@@ -83,7 +83,7 @@ std::string Driver::text(Result result) const {
 }
 
 void Driver::check(Result result, const std::string& what) const {
-  if (result != kSuccess) throw Error(cat(what, " failed: ", text(result)));
+  if (result != kSuccess) throw DeviceError(cat(what, " failed: ", text(result)));
 }
 
 }  // namespace feplb::cuda

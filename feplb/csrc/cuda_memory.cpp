@@ -27,6 +27,13 @@ void require_memory(const Driver& driver, Result result, std::size_t bytes, int 
   driver.check(result, cat("allocating an arena of ", bytes, " bytes on GPU ", ordinal));
 }
 
+void refuse_peer(const Driver& driver, Result result, int ordinal) {
+  if (result != kPeerAccessUnsupported && result != kNotSupported) return;
+  throw Error(cat("GPU ", ordinal, " cannot reach a peer's memory: ", driver.text(result),
+                  ". The ce lane needs NVLink between all GPUs of a domain; give each NVLink "
+                  "domain a FEPLB_DOMAIN of its own, or use lane=\"host\"."));
+}
+
 }  // namespace
 
 DeviceContext::DeviceContext(std::shared_ptr<const Driver> driver, int ordinal)
@@ -117,12 +124,7 @@ void DeviceArena::map(AllocationHandle handle) {
   }
   const AccessDescription access{Location{kLocationDevice, context_->ordinal()}, kAccessReadWrite};
   const Result granted = driver.set_access(address_, mapped_, &access, 1);
-  if (granted == kPeerAccessUnsupported || granted == kNotSupported) {
-    throw Error(cat("GPU ", context_->ordinal(),
-                    " cannot reach a peer's memory: ", driver.text(granted),
-                    ". The ce lane needs NVLink between all GPUs of a domain; give each NVLink "
-                    "domain a FEPLB_DOMAIN of its own, or use lane=\"host\"."));
-  }
+  refuse_peer(driver, granted, context_->ordinal());
   driver.check(granted, "opening an arena for this GPU");
 }
 
@@ -156,6 +158,7 @@ std::unique_ptr<DeviceArena> DeviceArena::open(std::shared_ptr<DeviceContext> co
   const Result result = device.driver().ipc_open(&arena->address_, handle, kIpcLazyPeerAccess);
   if (result != kSuccess) {
     arena->address_ = 0;
+    refuse_peer(device.driver(), result, device.ordinal());
     throw Error(cat("CUDA IPC of a peer's arena was refused: ", device.driver().text(result),
                     ". Containers need --ipc=host (or one container for all ranks) and the GPUs "
                     "of all ranks; or use arena_handle=\"vmm\"."));
@@ -208,10 +211,12 @@ PinnedMemory::PinnedMemory(std::shared_ptr<DeviceContext> context, std::byte* da
   const CurrentContext current(*context_);
   const Result result =
       driver.host_register(data, bytes, kHostRegisterPortable | kHostRegisterDeviceMap);
-  if (result != kSuccess) {
-    throw Error(cat("pinning ", bytes, " bytes of the count board failed: ", driver.text(result),
+  const std::string what = cat("pinning ", bytes, " bytes of the count board");
+  if (result == kOutOfMemory || result == kOperatingSystem) {
+    throw Error(cat(what, " failed: ", driver.text(result),
                     ". Raise the memlock limit (ulimit -l, or --ulimit memlock=-1)."));
   }
+  driver.check(result, what);
   const Result mapped = driver.host_device_pointer(&address_, data, 0);
   if (mapped != kSuccess) driver.host_unregister(data);
   driver.check(mapped, "asking where the GPU sees the count board");

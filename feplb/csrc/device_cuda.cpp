@@ -101,6 +101,7 @@ class CudaDevice final : public feplb::Device {
   Address address_of(const Flag* flag) const { return board_->at(flag); }
   void write_words(StreamState& state, const std::vector<std::pair<Address, uint32_t>>& words);
   void copy_chunks(StreamState& state);
+  void give_back();
   void abandon() noexcept;
 
   std::shared_ptr<DeviceContext> context_;
@@ -339,18 +340,24 @@ void CudaDevice::stop() noexcept {
     return;
   }
   try {
-    const CurrentContext current(*context_);
-    for (StreamState& state : streams_) {
-      if (state.own) driver().stream_synchronize(state.stream);
-      state.own.reset();
-      for (Handle<EventTraits>& event : state.events) event.reset();
-    }
-    words_.reset();
-    board_.reset();
-    own_.reset();
+    give_back();
+    context_.reset();
   } catch (const Error&) {
     abandon();
   }
+}
+
+void CudaDevice::give_back() {
+  const CurrentContext current(*context_);
+  for (StreamState& state : streams_) {
+    if (state.own) driver().stream_synchronize(state.stream);
+    state.own.reset();
+    for (Handle<EventTraits>& event : state.events) event.reset();
+  }
+  words_.reset();
+  board_.reset();
+  own_.reset();
+  peers_.clear();
 }
 
 void CudaDevice::abandon() noexcept {

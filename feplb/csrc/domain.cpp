@@ -11,6 +11,7 @@
 namespace feplb {
 namespace {
 
+constexpr const char* kProving = "proving the lane at start-up";
 constexpr uint64_t kLastSeq = (uint64_t{1} << 31) - 1;
 
 int max_local_experts(const std::vector<LayerShape>& layers) {
@@ -166,6 +167,21 @@ void Domain::raise(const std::string& what) {
                   "once the cause is gone."));
 }
 
+// What the caller asks of the device; where its driver fails, the call fails on every rank.
+template <typename Call>
+auto Domain::on_device(const char* phase, const Call& call) {
+  try {
+    return call();
+  } catch (const DeviceError& error) {
+    const std::string what = failure_.poisoned() ? failure_.text() : error.what();
+    const std::string of = in_call_ ? cat(" in the ", call_kind_name(call_.kind), " of layer ",
+                                          call_.layer, ", micro-batch ", call_.micro_batch)
+                                    : "";
+    failure_.poison(cat("failed while ", phase, of, ": ", what));
+    raise(cat(where(phase), ": ", what));
+  }
+}
+
 WaitLimits Domain::limits() const {
   const auto wait = std::chrono::duration_cast<Clock::duration>(
       std::chrono::duration<double>(config_.deadline_s));
@@ -182,8 +198,9 @@ void Domain::settle(WaitResult result, const char* phase, const std::string& mis
 }
 
 void Domain::bind_compute(std::uintptr_t stream) {
-  check_usable("taking over the compute stream");
-  device_->bind_compute(stream);
+  constexpr const char* kPhase = "taking over the compute stream";
+  check_usable(kPhase);
+  on_device(kPhase, [&] { device_->bind_compute(stream); });
 }
 
 uint64_t Domain::begin(CallHeader header, std::vector<Move> saved_moves) {
@@ -226,14 +243,19 @@ CallGeometry Domain::geometry() const {
   return CallGeometry{&layout_, &memory_.arenas, config_.rank, call_.layer, call_.kind, call_.seq};
 }
 
+Event Domain::record_compute() {
+  return on_device("handing copies to the mover",
+                   [&] { return device_->record(StreamKind::kCompute); });
+}
+
 void Domain::post_rows(const CallSources& sources, const std::vector<int64_t>& first_row) {
-  mover_.post(Level::kRows, device_->record(StreamKind::kCompute),
+  mover_.post(Level::kRows, record_compute(),
               push_rows(geometry(), mover_.agreement().route, sources, first_row));
   submit();
 }
 
 void Domain::submit() {
-  if (is_driven_) {
+  if (is_driven_ || !config_.caller_submits) {
     mover_.wake();
   } else {
     mover_.submit_now();
@@ -262,13 +284,14 @@ void Domain::await_flag(int src_rank, FlagKind kind, uint64_t seq, const char* p
         flag, epoch, wait.deadline,
         cat("no answer from ", peer, " for ", config_.deadline_s, " s (deadline_s) while ", phase));
   }
-  const WaitResult result = device_->wait_flag(flag, epoch, wait);
+  const WaitResult result = on_device(phase, [&] { return device_->wait_flag(flag, epoch, wait); });
   settle(result, phase, peer);
 }
 
 void Domain::await_event(Event event, const char* phase) {
   if (event.position == 0) return;
-  settle(device_->wait_event(event, limits()), phase, "this rank's own copies");
+  const WaitResult result = on_device(phase, [&] { return device_->wait_event(event, limits()); });
+  settle(result, phase, "this rank's own copies");
 }
 
 void Domain::await_rows() {
@@ -287,9 +310,9 @@ void Domain::await_rows() {
 }
 
 void Domain::release(Region region, uint64_t seq) {
-  device_->write_flag(StreamKind::kCompute,
-                      board_.released(config_.rank, region, region_half(region, seq)),
-                      static_cast<Epoch>(seq));
+  Flag* flag = board_.released(config_.rank, region, region_half(region, seq));
+  on_device("handing memory of the arena back",
+            [&] { device_->write_flag(StreamKind::kCompute, flag, static_cast<Epoch>(seq)); });
   if (!device_->is_inline()) return;  // the device writes later; movers that wait for it poll
   for (int rank = 0; rank < config_.num_ranks; ++rank) {
     if (rank != config_.rank) board_.bell(rank).ring(kReleaseRing);
@@ -305,7 +328,7 @@ void Domain::release_rows() {
 }
 
 void Domain::post_returns() {
-  mover_.post(Level::kReturns, device_->record(StreamKind::kCompute),
+  mover_.post(Level::kReturns, record_compute(),
               push_returns(geometry(), mover_.agreement().route));
   submit();
 }
@@ -317,7 +340,7 @@ void Domain::await_grad_outbox() {
 
 void Domain::post_grads(const std::vector<int>& tensors) {
   grads_posted_ = true;
-  mover_.post(Level::kGrads, device_->record(StreamKind::kCompute),
+  mover_.post(Level::kGrads, record_compute(),
               push_grads(geometry(), mover_.agreement().route, tensors));
   submit();
 }
@@ -368,7 +391,11 @@ void Domain::fail(const std::string& text) {
 }
 
 double Domain::prove_lane(std::size_t bytes) {
-  constexpr const char* kPhase = "proving the lane at start-up";
+  return on_device(kProving, [&] { return carry_pattern(bytes); });
+}
+
+double Domain::carry_pattern(std::size_t bytes) {
+  constexpr const char* kPhase = kProving;
   const auto pattern = [](int src, int dst, std::size_t i) {
     return static_cast<std::byte>(
         (i * 31 + static_cast<std::size_t>(src) * 7 + static_cast<std::size_t>(dst) * 13 + 1) &
@@ -448,8 +475,11 @@ double Domain::measured_gbps(std::size_t bytes) {
 
 void Domain::await_on_host(const Flag* flag, Epoch epoch, const char* phase,
                            const std::string& whom) {
-  const auto done = [&] { return epoch_reached(flag->epoch.load(), epoch); };
-  settle(device_->wait_host(caller_bell_, done, limits()), phase, whom);
+  const auto done = [&] { return epoch_reached(flag->epoch.load(), epoch) || board_.aborted(); };
+  const WaitResult result = device_->is_inline() ? device_->wait_flag(flag, epoch, limits())
+                                                 : device_->wait_host(caller_bell_, done, limits());
+  if (board_.aborted()) failure_.poison(board_.abort_text());  // no thread of ours looks yet
+  settle(result, phase, whom);
 }
 
 void Domain::drain() {

@@ -41,6 +41,8 @@ struct DomainConfig {
   int num_ranks = 1;
   uint64_t config_hash = 0;
   double deadline_s = 60;
+  // False leaves every submission to the mover, as what is withheld always is.
+  bool caller_submits = true;
   std::vector<LayerShape> layers;
   int num_slots = 0;
   int num_grad_slots = 0;
@@ -121,6 +123,8 @@ class Domain {
   WaitLimits limits() const;
   CallGeometry geometry() const;
   void submit();
+  Event record_compute();
+  double carry_pattern(std::size_t bytes);
   void handshake(Level level, const char* phase);
   void await_flag(int src_rank, FlagKind kind, uint64_t seq, const char* phase);
   void await_event(Event event, const char* phase);
@@ -130,6 +134,8 @@ class Domain {
   void let_go_of_inputs() noexcept;
   void await_drained() noexcept;
   void await_on_host(const Flag* flag, Epoch epoch, const char* phase, const std::string& whom);
+  template <typename Call>
+  auto on_device(const char* phase, const Call& call);
   [[noreturn]] void raise(const std::string& what);
   std::string where(const char* phase) const;
   int own_global_rank() const { return board_.global_rank(config_.rank); }

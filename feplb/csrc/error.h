@@ -16,6 +16,11 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// A call of a lane's driver failed.
+struct DeviceError : Error {
+  using Error::Error;
+};
+
 struct UserError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };

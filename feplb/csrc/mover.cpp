@@ -188,7 +188,12 @@ bool Mover::step() {
   try {
     return try_step();
   } catch (const std::exception& error) {
-    failure_.poison(cat("the mover failed: ", error.what()));
+    std::string call;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      call = describe(header_);
+    }
+    failure_.poison(cat("the mover failed in the ", call, ": ", error.what()));
     return false;
   }
 }

@@ -49,6 +49,7 @@ void Ranks::make_domains(const MakeDevice& make_device) {
   for (Memory& arena : arenas_) memory.arenas.push_back(arena.data());
   for (int rank = 0; rank < size(); ++rank) {
     config_.rank = rank;
+    config_.caller_submits = !left_to_movers_ && rank % 2 == 0;
     domains_.push_back(std::make_unique<feplb::Domain>(config_, memory, make_device(rank)));
   }
 }

@@ -24,6 +24,9 @@ class Ranks {
 
   // Of the process that peers take `rank` to be; before make_domains.
   void set_pid(int rank, pid_t pid) { config_.pids[static_cast<std::size_t>(rank)] = pid; }
+  // Callers submit nothing themselves, as if every push were withheld; before make_domains. Else
+  // every other rank's does.
+  void leave_to_movers() { left_to_movers_ = true; }
   void make_domains(const MakeDevice& make_device);
   // Opens all domains, runs `program` for each rank in a thread of its own, returns what it threw
   // ("" where it returned). Domains stay open.
@@ -44,6 +47,7 @@ class Ranks {
   feplb::CountBoard board_;
   std::vector<Memory> arenas_;
   std::vector<std::unique_ptr<feplb::Domain>> domains_;
+  bool left_to_movers_ = false;
 };
 
 }  // namespace feplb_test

@@ -29,6 +29,11 @@ std::string joined(const std::vector<std::string>& errors) {
 
 // ------------------------------------------------------------------------------------ programs
 
+struct AtEnd {
+  std::function<void()> act;
+  ~AtEnd() { act(); }
+};
+
 void run_right(GpuRanks::Config config, int num_micro_batches, uint64_t seed,
                uint32_t frees_one_in = 0) {
   feplb::SimRandom random(seed);
@@ -41,10 +46,10 @@ void run_right(GpuRanks::Config config, int num_micro_batches, uint64_t seed,
     program.rank = rank;
     program.seed = seed;
     program.streams = gpus.streams(rank);
-    RankProgram(gpus.ranks().domain(rank), gpus.launcher(rank, seed, frees_one_in), scenario,
-                program, verdict)
-        .run();
-    gpus.synchronize(rank);  // kernels that check
+    RankProgram calls(gpus.ranks().domain(rank), gpus.launcher(rank, seed, frees_one_in), scenario,
+                      program, verdict);
+    const AtEnd kernels_end{[&] { gpus.synchronize(rank); }};
+    calls.run();
   });
   CHECK(joined(errors).empty(), joined(errors));
   CHECK(verdict.wrong().empty(), verdict.wrong());
@@ -229,6 +234,7 @@ std::string exchange(DriverMood mood, bool frees, double deadline_s) {
   GpuRanks::Config config = ranks_of(2, mood);
   config.deadline_s = deadline_s;
   GpuRanks gpus(config);
+  gpus.ranks().leave_to_movers();
   gpus.make_domains();
   return joined(gpus.ranks().run([&](int rank) {
     Exchange call(gpus, rank);
@@ -517,6 +523,60 @@ TEST(cuda_drained_means_past_the_last_wait) {
   gpu.flag(0)->epoch.store(5 + feplb::kLift);
   gpu.synchronize();
   CHECK(gpu.device().compute_drained(), "the wait is over");
+}
+
+// --------------------------------------------------------------------------------------- arenas
+
+using feplb::cuda::ArenaWay;
+using feplb::cuda::DeviceArena;
+
+std::shared_ptr<feplb::cuda::DeviceContext> first_gpu() {
+  stand_in_set_gpus(1);
+  return std::make_shared<feplb::cuda::DeviceContext>(feplb::cuda::Driver::open(""), 0);
+}
+
+constexpr std::size_t kArenaBytes = 3 << 20;  // not whole pages of the GPU
+
+void check_bytes(std::byte* data, std::byte value) {
+  for (std::size_t i = 0; i < kArenaBytes; i += 997) CHECK(data[i] == value, "byte ", i);
+  std::memset(data, 0x77, kArenaBytes);
+  CHECK(data[kArenaBytes - 1] == std::byte{0x77}, "it cannot be written");
+}
+
+TEST(cuda_arena_behind_a_descriptor_outlives_its_exporter) {
+  auto own = DeviceArena::create(first_gpu(), kArenaBytes, ArenaWay::kVmm);
+  check_bytes(own->data(), std::byte{0});
+  std::memset(own->data(), 0x42, kArenaBytes);
+  feplb::Fd fd = own->export_fd();
+  const auto opened = DeviceArena::open(first_gpu(), kArenaBytes, fd.get());
+  fd.reset();
+  own.reset();
+  check_bytes(opened->data(), std::byte{0x42});
+}
+
+// The exporter is another process: a handle cannot be opened where it was made.
+TEST(cuda_arena_behind_an_ipc_handle_outlives_its_exporter) {
+  int from_child[2], to_child[2];
+  CHECK(pipe(from_child) == 0 && pipe(to_child) == 0, "no pipes");
+  const pid_t child = fork();
+  if (child == 0) {
+    auto own = DeviceArena::create(first_gpu(), kArenaBytes, ArenaWay::kIpc);
+    std::memset(own->data(), 0x42, kArenaBytes);
+    const std::string handle = own->export_ipc();
+    char go = 0;
+    bool ok = write(from_child[1], handle.data(), handle.size()) == ssize_t(handle.size());
+    ok = ok && read(to_child[0], &go, 1) == 1;
+    own.reset();
+    _exit(ok && write(from_child[1], &go, 1) == 1 ? 0 : 1);
+  }
+  std::string handle(sizeof(feplb::cuda::IpcHandle), '\0');
+  CHECK_EQ(read(from_child[0], handle.data(), handle.size()), ssize_t(handle.size()));
+  const auto opened = DeviceArena::open(first_gpu(), kArenaBytes, handle);
+  char go = 'g';
+  CHECK(write(to_child[1], &go, 1) == 1 && read(from_child[0], &go, 1) == 1, "the child is gone");
+  check_bytes(opened->data(), std::byte{0x42});
+  waitpid(child, nullptr, 0);
+  for (const int fd : {from_child[0], from_child[1], to_child[0], to_child[1]}) close(fd);
 }
 
 TEST(cuda_device_gives_everything_back) {

@@ -215,7 +215,8 @@ TEST(error_in_the_callers_planning_poisons_the_call) {
 TEST(error_in_a_step_poisons_the_call) {
   TwoRanks ranks;
   ranks.begin(forward(1, {10, -6}), forward(1, {0, 0}));
-  CHECK(ranks.first.failure.text().find("the mover failed: plan: counts of rank 0, local expert 1: "
+  CHECK(ranks.first.failure.text().find("the mover failed in the forward of layer 0, micro-batch "
+                                        "0: plan: counts of rank 0, local expert 1: "
                                         "-6") == 0,
         "got: ", ranks.first.failure.text());
 }

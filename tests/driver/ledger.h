@@ -44,6 +44,7 @@ struct Submission {
 struct Failing {
   int code = 0;
   int64_t after = 0;
+  bool once = false;
 };
 
 class Ledger {
@@ -75,6 +76,7 @@ class Ledger {
       const auto failing = failing_.find(symbol);
       if (failing != failing_.end() && before >= failing->second.after) code = failing->second.code;
       if (code != 0) ++failures_;
+      if (code != 0 && failing->second.once) failing_.erase(failing);
       const auto blocking = blocking_.find(symbol);
       if (blocking != blocking_.end()) held_ms = blocking->second;
     }
@@ -118,9 +120,9 @@ class Ledger {
     return alive_[kind];
   }
 
-  void fail(const std::string& symbol, int code, int64_t after) {
+  void fail(const std::string& symbol, int code, int64_t after, bool once) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    failing_[symbol] = Failing{code, calls_[symbol] + after};
+    failing_[symbol] = Failing{code, calls_[symbol] + after, once};
   }
 
   void block(const std::string& symbol, int64_t ms) {
@@ -144,7 +146,7 @@ class Ledger {
     std::string symbol, code, after;
     if (std::getline(failing, symbol, ':') && std::getline(failing, code, ':')) {
       failing_[symbol] =
-          Failing{std::stoi(code), std::getline(failing, after) ? std::stol(after) : 0};
+          Failing{std::stoi(code), std::getline(failing, after) ? std::stol(after) : 0, false};
     }
     std::istringstream blocking(text("STAND_IN_BLOCK"));
     if (std::getline(blocking, symbol, ':') && std::getline(blocking, code)) {

@@ -124,7 +124,10 @@ int64_t stand_in_take_log(Submission* out, int64_t most) {
   return count;
 }
 void stand_in_fail(const char* symbol, int code, int64_t after) {
-  Ledger::the().fail(symbol, code, after);
+  Ledger::the().fail(symbol, code, after, false);
+}
+void stand_in_fail_once(const char* symbol, int code, int64_t after) {
+  Ledger::the().fail(symbol, code, after, true);
 }
 void stand_in_block(const char* symbol, int64_t ms) { Ledger::the().block(symbol, ms); }
 void stand_in_set_call_ns(int64_t ns) { Ledger::the().call_ns = ns; }
