@@ -3,6 +3,8 @@
 An arm runs the same program with one policy ("none", "greedy"), or without any Balancer ("local").
 Programs run inside a rank's process and return tensors by name; arms are compared there, bit by
 bit, and only sentences about differences travel back.
+
+Tensors are made on the CPU from seeds and moved to where the lane of the environment has them.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from ranks import on_gpu, run_ranks
 from torch import Tensor
 
 from feplb import Balancer, BalancerConfig, LayerSpec, SwiGLU
 from feplb.config import TensorSpec
+from feplb.device_swiglu import DeviceSwiGLU
 from feplb.two_phase import run_experts_locally
 
 Bits = dict[str, Tensor]
@@ -31,6 +34,16 @@ Weights = list[Any]  # per tensor of an expert: one stacked tensor, or one tenso
 NUM_RANKS = 4
 DEADLINE_S = 15.0  # never reached where all is well; spawned processes share two cores
 PROBS = (TensorSpec((), torch.float32),)
+
+
+def device() -> torch.device:
+    """Where the tensors of this rank live."""
+    return torch.device("cuda" if on_gpu() else "cpu")
+
+
+def experts() -> Any:
+    """A SwiGLU for them."""
+    return DeviceSwiGLU() if on_gpu() else SwiGLU()
 
 
 def layer_spec(
@@ -73,7 +86,7 @@ def make_weights(
     for want in spec.weights:
         shape = (spec.num_local_experts, *want.shape)
         values = torch.randn(shape, generator=generator) / want.shape[-1] ** 0.5
-        values = values.to(want.dtype)
+        values = values.to(want.dtype).to(device())
         entries = [values] if stacked else [value.clone() for value in values]
         leaves = [entry.requires_grad_(grad) for entry in entries]
         weights.append(leaves[0] if stacked else leaves)
@@ -108,9 +121,9 @@ def make_rows(
     """Rows [N, H] and side data, as leaves."""
     generator = seeded(11, *key)
     num_rows = sum(counts)
-    rows = torch.randn(num_rows, spec.hidden, generator=generator).to(spec.dtype)
+    rows = torch.randn(num_rows, spec.hidden, generator=generator).to(spec.dtype).to(device())
     row_data = [
-        torch.rand(num_rows, *want.shape, generator=generator).to(want.dtype)
+        torch.rand(num_rows, *want.shape, generator=generator).to(want.dtype).to(device())
         for want in spec.row_data
     ]
     return rows.requires_grad_(grad), tuple(data.requires_grad_(grad) for data in row_data)
@@ -118,7 +131,7 @@ def make_rows(
 
 def loss_of(out: Tensor) -> Tensor:
     """A scalar whose gradient differs in every element."""
-    slope = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    slope = torch.linspace(-1, 1, out.numel()).to(out.device).view(out.shape)
     return (out.float() * (slope + out.float())).sum()
 
 
@@ -178,7 +191,7 @@ class Arm:
         grad_sinks: Any = None,
     ) -> Tensor:
         counts = self.counts(layer, step)
-        compute = SwiGLU() if compute is None else compute
+        compute = experts() if compute is None else compute
         if self.balancer is None:
             return run_experts_locally(rows, counts, weights, compute, row_data)
         if prepared:
@@ -217,9 +230,25 @@ def run_arm(
         return program(arm), arm.num_moves
 
 
+def warm_up(spec: LayerSpec) -> None:
+    """Compile and load the kernels of a SwiGLU layer on a GPU: it takes longer than a deadline."""
+    chosen: Any = DeviceSwiGLU().choice(torch.empty(0, dtype=spec.dtype, device=device()))
+    if spec in _WARM or isinstance(chosen, SwiGLU):
+        return
+    _WARM.add(spec)
+    probs = spec.row_data[0].dtype if spec.row_data else None
+    width = spec.weights[1].shape[1]
+    chosen.warm_up(spec.hidden, width, dtype=spec.dtype, device=device(), probs_dtype=probs)
+
+
+_WARM: set[LayerSpec] = set()
+
+
 def build(specs: Sequence[LayerSpec] = PLAIN, **config: Any) -> Balancer:
     """A Balancer over all ranks of the process group."""
     config.setdefault("deadline_s", DEADLINE_S)
+    for spec in specs if on_gpu() else ():
+        warm_up(spec)
     return Balancer(BalancerConfig(**config), dist.group.WORLD, layers=specs)
 
 

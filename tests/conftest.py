@@ -1,4 +1,4 @@
-"""Fixtures of several files: the lanes that need no GPU, and Triton without one."""
+"""Fixtures of several files: the lanes. And Triton's interpreter, where there is no GPU."""
 
 from __future__ import annotations
 
@@ -19,24 +19,49 @@ def pytest_configure() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+GPU = pytest.param("gpu", marks=pytest.mark.gpu)
+
+
 def put(patch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
     """Have these variables, and no others of the stand-in's."""
     for known in [variable for variable in os.environ if variable.startswith("STAND_IN_")]:
         patch.delenv(known)
+    patch.delenv("FEPLB_LIBCUDA", raising=False)
     for variable, value in variables.items():
         patch.setenv(variable, value)
 
 
-@pytest.fixture(scope="module", params=["host", "ce"])
-def lane(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The ranks of what depends on it run over one lane, then over the other.
+def environment_of(lane: str) -> dict[str, str]:
+    """Variables under which ranks use it: host, ce (over the stand-in driver), gpu (ce, real)."""
+    if lane == "ce":
+        return stand_in.environment()
+    return {"FEPLB_LANE": "ce" if lane == "gpu" else lane}
 
-    The ce lane runs over the stand-in driver, with tensors of the host.
+
+def enter(patch: pytest.MonkeyPatch, lane: str) -> str:
+    """Let ranks use the lane; skips where it takes a GPU that is not there."""
+    if lane == "gpu" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    put(patch, environment_of(lane))
+    return lane
+
+
+@pytest.fixture(scope="module", params=["host", "ce", GPU])
+def lane(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The ranks of what depends on it run over one lane, then over the others.
+
+    "ce" runs over the stand-in driver with tensors of the host, "gpu" over the real one, all ranks
+    on one GPU.
     """
-    name: str = request.param
     with pytest.MonkeyPatch.context() as patch:
-        put(patch, stand_in.environment() if name == "ce" else {"FEPLB_LANE": name})
-        yield name
+        yield enter(patch, request.param)
+
+
+@pytest.fixture(scope="module", params=["ce", GPU])
+def ce_lane(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The same without the host lane."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield enter(patch, request.param)
 
 
 @pytest.fixture(scope="module")

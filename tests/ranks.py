@@ -1,7 +1,8 @@
 """Runs a function on N ranks, each a process of its own in one gloo group, and returns the results.
 
 Tests call `run_ranks(fn, 4, ...)`; fn must be importable (a function at module level), because a
-rank receives it by name. The processes are forked from a server that has torch loaded already.
+rank receives it by name. The processes are forked from a server that has torch loaded already;
+on a GPU each is started anew, for a forked process cannot use a driver that was loaded before.
 The first error of any rank is raised in the caller, caused by that rank's traceback; a rank that
 dies or hangs is an error too, and no process outlives the call. Variables FEPLB_* and STAND_IN_*
 are as they are in the caller at that moment.
@@ -21,6 +22,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -64,6 +66,11 @@ class _Report:
     error: str = ""  # empty where fn returned
 
 
+def on_gpu() -> bool:
+    """Do ranks of this process, or this rank, run over the ce lane of a real driver?"""
+    return os.environ.get("FEPLB_LANE") == "ce" and "FEPLB_LIBCUDA" not in os.environ
+
+
 def run_ranks(
     fn: Callable[..., T],
     num_ranks: int,
@@ -76,13 +83,15 @@ def run_ranks(
     Args:
         fn: importable at module level. Its result and `args` travel by pickle, tensors by value.
         num_ranks: processes to start; all of them form the default process group (gloo).
-        timeout_s: for everything, the start included. Then all ranks are killed.
+        timeout_s: for everything, the start included; on a GPU, whose first ranks compile kernels,
+            three times as long. Then all ranks are killed.
         may_die: ranks whose death is part of the test; their result is None.
     Raises:
         Exception: the first error of any rank, of its own type, its `__cause__` a RankTraceback.
         RuntimeError: a rank died without a report.
         TimeoutError: with the stack of every rank that had not finished.
     """
+    timeout_s *= 3 if on_gpu() else 1
     deadline = time.monotonic() + timeout_s
     ranks: list[_Rank] = []
     with tempfile.TemporaryDirectory(prefix="feplb-ranks-") as folder:
@@ -115,10 +124,16 @@ def _travelling() -> dict[str, str]:
 
 
 def _start(call: _Call, idx: int) -> _Rank:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context: BaseContext
+    if on_gpu():
+        context = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
     here, there = context.Pipe()
-    process = context.Process(target=_run_rank, args=(call, idx, there), daemon=True)
+    process = context.Process(  # type: ignore[attr-defined]
+        target=_run_rank, args=(call, idx, there), daemon=True
+    )
     process.start()
     there.close()
     return _Rank(idx, process, here)

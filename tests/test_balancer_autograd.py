@@ -15,7 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from balancer_cases import TWO_LAYERS, Arm, Bits, Case, Outcomes, Weights, grads, loss_of
+from balancer_cases import (
+    TWO_LAYERS,
+    Arm,
+    Bits,
+    Case,
+    Outcomes,
+    Weights,
+    device,
+    grads,
+    loss_of,
+)
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
@@ -43,7 +53,7 @@ def offload(block: Wrap, *args: Any) -> Tensor:
 
 
 def autocast(block: Wrap, *args: Any) -> Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device().type, dtype=torch.bfloat16):
         return block(*args)
 
 
@@ -238,7 +248,9 @@ def test_plain_function_has_the_bits_of_none(autograd: Outcomes) -> None:
     autograd.assert_same_bits("plain function")
 
 
-def test_plain_function_has_the_bits_of_swiglu(autograd: Outcomes) -> None:
+def test_plain_function_has_the_bits_of_swiglu(autograd: Outcomes, lane: str) -> None:
+    if lane == "gpu":
+        pytest.skip("on a GPU SwiGLU runs in Triton, which rounds less often")
     autograd.assert_same_bits("plain function against SwiGLU")
 
 

@@ -173,7 +173,7 @@ def freeze(arm: Arm, frozen: tuple[int, ...], rows_need: bool, probs_need: bool)
 def sink_grads(arm: Arm, prepared: bool, dtype: torch.dtype) -> Bits:
     """Weight grads of two micro-batches go to main_grad; what autograd gets is zero."""
     weights = arm.weights()
-    sinks = [torch.zeros(leaf.shape, dtype=dtype) for leaf in flat(weights)]
+    sinks = [torch.zeros_like(leaf, dtype=dtype) for leaf in flat(weights)]
     bits: Bits = {f"sink {t}": sink for t, sink in enumerate(sinks)}
     for step in range(2):
         rows, _ = arm.rows(step=step)
@@ -187,7 +187,7 @@ def sink_grads(arm: Arm, prepared: bool, dtype: torch.dtype) -> Bits:
 def sum_grads(arm: Arm, dtype: torch.dtype) -> Bits:
     """The same sums by hand."""
     weights = arm.weights()
-    sinks = [torch.zeros(leaf.shape, dtype=dtype) for leaf in flat(weights)]
+    sinks = [torch.zeros_like(leaf, dtype=dtype) for leaf in flat(weights)]
     bits: Bits = {f"sink {t}": sink for t, sink in enumerate(sinks)}
     for step in range(2):
         rows, _ = arm.rows(step=step)

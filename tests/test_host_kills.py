@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from balancer_cases import threads_of_feplb
+from balancer_cases import build, device, experts, threads_of_feplb
 from ranks import run_ranks
 
-from feplb import Balancer, BalancerConfig, LayerSpec, SwiGLU
+from feplb import Balancer, LayerSpec
 
 NUM_RANKS, NUM_LAYERS, NUM_LOCAL_EXPERTS, HIDDEN, FFN = 4, 2, 4, 16, 16
 OWNER, HELPER = 0, 1  # ranks 0 and 2 own too much, ranks 1 and 3 help
@@ -109,34 +109,36 @@ def one_step(balancer: Balancer, weights: list[list[torch.Tensor]], at: Any) -> 
     for micro_batch in range(2):
         at("forward", 0, micro_batch)
         counts = [24, 20, 16, 12] if balancer.rank % 2 == 0 else [4, 3, 2, 1]
-        rows = torch.randn(sum(counts), HIDDEN, requires_grad=True)
+        rows = torch.randn(sum(counts), HIDDEN).to(device()).requires_grad_()
         hidden = rows
         for layer in range(NUM_LAYERS):
             at("forward", layer, micro_batch)
             prepared = balancer.prepare_weights(weights[layer], layer=layer)
-            hidden = balancer.run_experts(hidden, counts, prepared, SwiGLU(), layer=layer)
+            hidden = balancer.run_experts(hidden, counts, prepared, experts(), layer=layer)
         at("backward", LAYER, micro_batch)
         hidden.square().sum().backward()
     at("check", LAYER, MICRO_BATCH)
     balancer.check()
 
 
-def rank_program(rank: int, num_ranks: int, fall: Fall, stamp: str) -> dict[str, Any]:
+def rank_program(
+    rank: int, num_ranks: int, fall: Fall, stamp: str, config: dict[str, Any]
+) -> dict[str, Any]:
     del num_ranks
     torch.set_num_threads(1)
-    fds = len(os.listdir("/proc/self/fd"))
-    pids: list[Any] = [None] * NUM_RANKS
-    dist.all_gather_object(pids, os.getpid())
     spec = LayerSpec(
         NUM_LOCAL_EXPERTS, HIDDEN, torch.float32, ((2 * FFN, HIDDEN), (HIDDEN, FFN)), max_rows=128
     )
+    build((spec,), **config).close()  # a GPU's driver opens files of its own
+    fds = len(os.listdir("/proc/self/fd"))
+    pids: list[Any] = [None] * NUM_RANKS
+    dist.all_gather_object(pids, os.getpid())
     deadline_s = 20.0 if fall.signal == signal.SIGKILL else STOP_DEADLINE_S
-    config = BalancerConfig(deadline_s=deadline_s)
-    balancer = Balancer(config, dist.group.WORLD, layers=[spec] * NUM_LAYERS)
+    balancer = build((spec,) * NUM_LAYERS, deadline_s=deadline_s, **config)
     torch.manual_seed(rank)
     shapes = [(2 * FFN, HIDDEN), (HIDDEN, FFN)]
     weights = [
-        [torch.randn(NUM_LOCAL_EXPERTS, *shape).requires_grad_() for shape in shapes]
+        [torch.randn(NUM_LOCAL_EXPERTS, *shape).to(device()).requires_grad_() for shape in shapes]
         for _ in range(NUM_LAYERS)
     ]
     one_step(balancer, weights, lambda *_: None)
@@ -171,10 +173,10 @@ def rank_program(rank: int, num_ranks: int, fall: Fall, stamp: str) -> dict[str,
     }
 
 
-def survivors_of(fall: Fall, tmp_path: Path) -> tuple[float, list[dict[str, Any]]]:
+def survivors_of(fall: Fall, tmp_path: Path, **config: Any) -> tuple[float, list[dict[str, Any]]]:
     stamp = tmp_path / "fell_at"
     results = run_ranks(
-        rank_program, NUM_RANKS, fall, str(stamp), timeout_s=60, may_die=[fall.victim]
+        rank_program, NUM_RANKS, fall, str(stamp), config, timeout_s=60, may_die=[fall.victim]
     )
     assert results[fall.victim] is None, "the victim lived: the point was never reached"
     return float(stamp.read_text()), [result for result in results if result is not None]

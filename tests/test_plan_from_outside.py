@@ -8,13 +8,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from balancer_cases import NUM_RANKS, PLAIN, Arm, Bits, build, differences, grads, loss_of, run_arm
+from balancer_cases import (
+    NUM_RANKS,
+    PLAIN,
+    Arm,
+    Bits,
+    build,
+    differences,
+    experts,
+    grads,
+    loss_of,
+    run_arm,
+)
 from balancer_scenarios import attempt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
 
-from feplb import SwiGLU, _core
+from feplb import _core
 from feplb.scheduler import Move, Plan, PlanLimits, make_plan, plan_violations
 from feplb.scheduler.policies import core_limits
 
@@ -34,7 +45,7 @@ def run_with(arm: Arm, plan: Plan) -> Bits:
     weights, (rows, _) = arm.weights(), arm.rows()
     prepared = arm.door.prepare_weights(weights, layer=0)
     ticket = arm.door.begin(arm.counts(), layer=0, plan=plan)
-    out = arm.door.run_experts(rows, arm.counts(), prepared, SwiGLU(), layer=0, ticket=ticket)
+    out = arm.door.run_experts(rows, arm.counts(), prepared, experts(), layer=0, ticket=ticket)
     loss_of(out).backward()
     arm.check()
     return {"out": out.detach(), **grads(rows=rows, weights=weights)}
