@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,8 +103,8 @@ def test_whole_bench_with_a_clock_that_counts_launches() -> None:
 
 def test_a_wrong_product_is_not_timed() -> None:
     class Wrong(StreamGemm):
-        def multiply_rows(self, source, out, table, *, tensor, transposed):  # type: ignore[no-untyped-def]
-            super().multiply_rows(source, out, table, tensor=tensor, transposed=transposed)
+        def multiply_rows(self, source: Any, out: Any, table: Any, **how: Any) -> None:
+            super().multiply_rows(source, out, table, **how)
             out.rows.mul_(1.5)
 
     with pytest.raises(RuntimeError, match="off by"):

@@ -1,4 +1,8 @@
 // The ce lane as Python sees it: one GPU, the memory on it, and what the machine can do.
+#include <cstdlib>
+#include <cstring>
+#include <tuple>
+
 #include "bindings.h"
 #include "cuda_memory.h"
 #include "cuda_trials.h"
@@ -72,6 +76,64 @@ class CudaLane : public LaneDoor {
   std::size_t arena_bytes_ = 0;
 };
 
+// Copies between any memory that one GPU reaches, submitted as the lane submits them: for benches.
+class CopyStream {
+ public:
+  CopyStream(const std::string& library, int ordinal, const std::string& copy_call)
+      : page_(static_cast<std::byte*>(std::aligned_alloc(kPageBytes, kPageBytes)), &std::free) {
+    if (page_ == nullptr) throw Error("out of memory");
+    std::memset(page_.get(), 0, kPageBytes);
+    auto context = std::make_shared<DeviceContext>(Driver::open(library), ordinal);
+    cuda::LaneOptions options;
+    options.copies = cuda::copy_call_from(copy_call, context->driver());
+    if (options.copies == cuda::CopyCall::kPeer) {
+      throw UserError("CopyStream has no ranks, which copy_call=\"peer\" must know; use \"plain\"");
+    }
+    calls_ = cuda::copy_call_name(options.copies);
+    device_ = cuda::make_cuda_device(std::move(context), page_.get(), kPageBytes, options);
+  }
+  ~CopyStream() { device_->stop(); }
+
+  const std::string& calls() const { return calls_; }
+
+  void after(std::uintptr_t stream) {
+    device_->bind_compute(stream);
+    device_->after_event(StreamKind::kPushes, device_->record(StreamKind::kCompute));
+  }
+
+  Epoch copy(const std::vector<std::tuple<std::uintptr_t, std::uintptr_t, std::size_t>>& copies) {
+    std::vector<CopyOp> ops;
+    for (const auto& [dst, src, bytes] : copies) {
+      ops.push_back({reinterpret_cast<std::byte*>(dst), reinterpret_cast<std::byte*>(src), bytes});
+    }
+    device_->copy_batch(StreamKind::kPushes, ops);
+    device_->write_flag(StreamKind::kPushes, &flag(), ++submitted_);
+    return submitted_;
+  }
+
+  bool done(Epoch ticket) { return epoch_reached(flag().epoch.load(), ticket); }
+
+  int64_t wait(Epoch ticket, double timeout_s) {
+    const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                                             std::chrono::duration<double>(timeout_s));
+    while (!done(ticket)) {
+      if (Clock::now() > deadline) {
+        throw Error(cat("a copy has not arrived within ", timeout_s, " s"));
+      }
+    }
+    return std::chrono::nanoseconds(Clock::now().time_since_epoch()).count();
+  }
+
+ private:
+  static constexpr std::size_t kPageBytes = 4096;
+  Flag& flag() { return *reinterpret_cast<Flag*>(page_.get()); }
+
+  std::unique_ptr<std::byte, void (*)(void*)> page_;
+  std::string calls_;
+  std::unique_ptr<Device> device_;
+  Epoch submitted_ = 0;
+};
+
 py::dict facts_of(const std::string& library) {
   const cuda::MachineFacts facts = cuda::read_facts(*Driver::open(library));
   py::list devices, peer_access;
@@ -130,6 +192,15 @@ void bind_cuda(py::module_& module) {
       .def_property_readonly("is_stand_in", &CudaLane::is_stand_in)
       .def_property_readonly("calls", &CudaLane::calls)
       .def_property_readonly("has_vmm", &CudaLane::has_vmm);
+  py::class_<CopyStream>(module, "CopyStream")
+      .def(py::init<const std::string&, int, const std::string&>(), py::kw_only(),
+           py::arg("library") = kDriver, py::arg("ordinal"), py::arg("copy_call") = "auto")
+      .def_property_readonly("calls", &CopyStream::calls)
+      .def("after", &CopyStream::after, py::arg("stream"))
+      .def("copy", &CopyStream::copy, py::arg("copies"))
+      .def("done", &CopyStream::done, py::arg("ticket"))
+      .def("wait", &CopyStream::wait, py::arg("ticket"), py::arg("timeout_s"),
+           py::call_guard<py::gil_scoped_release>());
   module.def("cuda_facts", &facts_of, py::arg("library") = kDriver);
   module.def("cuda_trials", &trials_on, py::arg("device"), py::arg("library") = kDriver);
 }
