@@ -82,6 +82,10 @@ class LaneCopy:
         self._stream = _core.CopyStream(ordinal=0, copy_call=copy_call)
         self.name = f"feplb, {self._stream.calls}"
 
+    def after_current_stream(self) -> None:
+        """What is submitted next starts when PyTorch's current stream has come this far."""
+        self._stream.after(torch.cuda.current_stream().cuda_stream)
+
     def submit(self, direction: Direction, pieces: Pieces | None = None) -> int:
         """See CopyWay."""
         dst, src = direction.dst.data_ptr(), direction.src.data_ptr()

@@ -48,3 +48,48 @@ class Spin:
     def has_started(self) -> bool:
         """Does a program of the last launch run, or has it run?"""
         return bool(self._started.item())
+
+
+@triton.jit
+def _mark(marker: tl.tensor) -> None:
+    tl.store(marker, globaltimer())
+
+
+@triton.jit
+def _await(marker: tl.tensor, delays: tl.tensor, which: tl.constexpr) -> None:
+    until = tl.load(marker) + tl.load(delays + which)
+    now = globaltimer()
+    while now < until:
+        now = globaltimer()
+
+
+class TimedFlags:
+    """Waits on the current stream that end at given times after a mark in it.
+
+    A wait is a kernel of one warp: nothing else runs on its stream, so it takes no time from others
+    but a place on one SM.
+    """
+
+    def __init__(self, num_flags: int = 2) -> None:
+        self._marker = torch.zeros(1, dtype=torch.int64, device="cuda")
+        self._delays = torch.zeros(num_flags, dtype=torch.int64, device="cuda")
+        self.set([0.0] * num_flags)
+        self.mark()
+        for which in range(num_flags):
+            self.wait(which)
+        torch.cuda.synchronize()
+
+    def set(self, milliseconds: list[float]) -> None:
+        """When each flag is released, from the next mark on; waits for the device."""
+        nanoseconds = [round(each * 1e6) for each in milliseconds]
+        self._delays.copy_(torch.tensor(nanoseconds, dtype=torch.int64))
+
+    def mark(self) -> None:
+        """The time from which delays count."""
+        grid: Any = (1,)
+        _mark[grid](self._marker, num_warps=1)
+
+    def wait(self, which: int) -> None:
+        """What follows on this stream waits for this flag."""
+        grid: Any = (1,)
+        _await[grid](self._marker, self._delays, which, num_warps=1)
