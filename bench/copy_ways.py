@@ -78,8 +78,8 @@ def everything(direction: Direction) -> Pieces:
 class LaneCopy:
     """As the ce lane submits them: its driver calls, on a stream of its making."""
 
-    def __init__(self, copy_call: str) -> None:
-        self._stream = _core.CopyStream(ordinal=0, copy_call=copy_call)
+    def __init__(self, copy_call: str, ordinal: int = 0) -> None:
+        self._stream = _core.CopyStream(ordinal=ordinal, copy_call=copy_call)
         self.name = f"feplb, {self._stream.calls}"
 
     def after_current_stream(self) -> None:
