@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from virtual_time import Timed, VirtualTime
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
@@ -45,53 +45,37 @@ def test_what_was_never_covered_is_no_figure() -> None:
     assert row["gemm_%"] is row["beside GEMM_GB/s"] is row["gemm_% iqr"] is None
 
 
-class Timed:
-    """An event that has passed at a time of the host's clock."""
-
-    def __init__(self, at: float) -> None:
-        self.at = at
-
-    def query(self) -> bool:
-        return time.monotonic() >= self.at
-
-    def synchronize(self) -> None:
-        time.sleep(max(0.0, self.at - time.monotonic()))
-
-    def elapsed_time(self, last: Timed) -> float:
-        return 1e3 * (last.at - self.at)
-
-
 class Copies:
     """Copies that last as their bytes over a rate say; and carry the bytes, unless told not to."""
 
     name = "made up"
 
-    def __init__(self, gbps: float, *, loses: bool = False) -> None:
-        self.gbps, self.loses = gbps, loses
+    def __init__(self, clock: VirtualTime, gbps: float, *, loses: bool = False) -> None:
+        self.clock, self.gbps, self.loses = clock, gbps, loses
 
     def submit(self, direction: Direction, pieces: Any = None) -> Timed:
         for at, size in pieces[: -1 if self.loses else None]:
             if direction.dst.numel() >= at + size:
                 direction.dst[at : at + size] = direction.src[at : at + size]
-        return Timed(time.monotonic() + sum(size for _, size in pieces) / self.gbps / 1e9)
+        seconds = sum(size for _, size in pieces) / self.gbps / 1e9
+        return Timed(self.clock, self.clock.now + seconds)
 
     def wait(self, ticket: Timed) -> int:
         ticket.synchronize()
-        return time.monotonic_ns()
+        return self.clock.monotonic_ns()
 
     def done(self, ticket: Timed) -> bool:
         return ticket.query()
 
 
-def gemm_of(ms: float) -> bench.Beside:
+def gemm_of(clock: VirtualTime, ms: float) -> bench.Beside:
     """A GEMM that always takes ``ms``, on a GPU that starts it at once."""
     launched = [0]
 
     def started(work: Any) -> tuple[Timed, Timed]:
         launched[0] = 0
         work()
-        now = time.monotonic()
-        return Timed(now), Timed(now + launched[0] * ms / 1e3)
+        return Timed(clock, clock.now), Timed(clock, clock.now + launched[0] * ms / 1e3)
 
     def launch(times: int) -> None:
         launched[0] += times
@@ -99,28 +83,50 @@ def gemm_of(ms: float) -> bench.Beside:
     return bench.Beside(launch, ms, started)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualTime:
+    made = VirtualTime()
+    monkeypatch.setattr(bench, "time", made)
+    return made
+
+
 NOTHING = Direction("made up", torch.empty(0), torch.empty(0))
 
 
-def test_gemm_and_copies_cover_each_other() -> None:
+def test_gemm_and_copies_cover_each_other(clock: VirtualTime) -> None:
     # 20 ms GEMMs; a copy of 1 MiB at 0.5 GB/s takes 2 ms.
-    sample = bench.under_load(Copies(0.5), NOTHING, MIB, 0.5, gemm_of(20.0))
-    assert sample.gemm_ms == pytest.approx(20.0, rel=0.01)
-    assert sample.copy_gbps is not None
-    assert 0.1 < sample.copy_gbps <= 0.5
+    sample = bench.under_load(Copies(clock, 0.5), NOTHING, MIB, 0.5, gemm_of(clock, 20.0))
+    assert sample.gemm_ms == pytest.approx(20.0)
+    assert sample.copy_gbps == pytest.approx(0.5)
 
 
-def test_copies_faster_than_they_were_alone_cover_nothing() -> None:
-    sample = bench.under_load(Copies(1000.0), NOTHING, MIB, 0.5, gemm_of(20.0))
+def test_copies_faster_than_they_were_alone_cover_nothing(clock: VirtualTime) -> None:
+    sample = bench.under_load(Copies(clock, 1000.0), NOTHING, MIB, 0.5, gemm_of(clock, 20.0))
     assert sample.gemm_ms is None
+    assert sample.copy_gbps is not None
 
 
-def test_a_lost_piece_fails_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copies_that_outlast_the_gemms_were_not_beside_them(clock: VirtualTime) -> None:
+    sample = bench.under_load(Copies(clock, 0.05), NOTHING, MIB, 0.5, gemm_of(clock, 20.0))
+    assert sample.gemm_ms == pytest.approx(20.0)
+    assert sample.copy_gbps is None
+
+
+def test_rates_alone_are_those_of_the_copies(clock: VirtualTime) -> None:
+    way = Copies(clock, 50.0)
+    (row,) = bench.measure([way], [NOTHING], [4 * MIB], gemm_of(clock, 5.0), repeats=2)
+    assert row["one_copy GB/s"] == pytest.approx(50.0)
+    assert row["in a row_GB/s"] == pytest.approx(50.0)
+    assert row["beside GEMM_GB/s"] == pytest.approx(50.0)
+    assert row["gemm_%"] == pytest.approx(100.0)
+
+
+def test_a_lost_piece_fails_the_check(clock: VirtualTime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     bytes_of = Direction("made up", *(torch.zeros(4 * MIB, dtype=torch.uint8) for _ in range(2)))
-    bench.check_copies([Copies(100.0)], [bytes_of])
+    bench.check_copies([Copies(clock, 100.0)], [bytes_of])
     with pytest.raises(RuntimeError, match="not what was sent"):
-        bench.check_copies([Copies(100.0, loses=True)], [bytes_of])
+        bench.check_copies([Copies(clock, 100.0, loses=True)], [bytes_of])
 
 
 def test_without_a_gpu_nothing_is_measured(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import stand_in
 import torch
+from virtual_time import Timed, VirtualTime
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
@@ -98,47 +99,65 @@ DIRECTION = Direction("H2D", torch.zeros(1), torch.zeros(1))
 class Kernel:
     """Runs for so many seconds from its launch."""
 
-    def __init__(self, seconds: float, *, starts: bool = True) -> None:
-        self.seconds, self.starts, self.end = seconds, starts, 0.0
+    def __init__(self, clock: Any, seconds: float, *, starts: bool = True) -> None:
+        self.clock, self.seconds, self.starts = clock, seconds, starts
+        self.end = Timed(clock, 0.0)
 
     def launch(self) -> None:
-        self.end = time.monotonic() + self.seconds
+        self.end = Timed(self.clock, self.clock.monotonic() + self.seconds)
 
     def has_started(self) -> bool:
         return self.starts
 
-    def query(self) -> bool:
-        return time.monotonic() >= self.end
-
-    def synchronize(self) -> None:
-        time.sleep(max(0.0, self.end - time.monotonic()))
-
 
 class Copy:
-    """Arrives at once; or, on SMs, when the kernel has left them."""
+    """Takes ``seconds``; or, on SMs, arrives when the kernel has left them."""
 
-    def __init__(self, name: str, kernel: Kernel, *, on_sms: bool) -> None:
-        self.name, self._kernel, self._on_sms = name, kernel, on_sms
+    def __init__(self, name: str, kernel: Kernel, *, on_sms: bool, seconds: float = 0.01) -> None:
+        self.name, self._kernel = name, kernel
+        self._on_sms, self._seconds = on_sms, seconds
 
     def submit(self, direction: Direction) -> None:
         pass
 
     def wait(self, ticket: None) -> int:
+        clock = self._kernel.clock
         if self._on_sms:
-            self._kernel.synchronize()
-        return time.monotonic_ns()
+            self._kernel.end.synchronize()
+        else:
+            clock.until(clock.now + self._seconds)
+        return clock.monotonic_ns()
 
 
-def starved(name: str, *, on_sms: bool) -> bench.Starved:
-    kernel = Kernel(0.2)
-    way = Copy(name, kernel, on_sms=on_sms)
-    return bench.starve(way, DIRECTION, kernel, lambda: kernel)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> VirtualTime:
+    made = VirtualTime()
+    monkeypatch.setattr(bench, "time", made)
+    return made
 
 
-def test_an_engine_escapes_and_sms_do_not() -> None:
-    control = starved(CONTROL, on_sms=True)
+def starved(clock: VirtualTime, name: str, *, on_sms: bool, seconds: float = 0.01) -> bench.Starved:
+    kernel = Kernel(clock, 0.2)
+    way = Copy(name, kernel, on_sms=on_sms, seconds=seconds)
+    return bench.starve(way, DIRECTION, kernel, lambda: kernel.end)
+
+
+def test_a_copy_that_ends_just_before_the_kernel_has_not_escaped(clock: VirtualTime) -> None:
+    late = starved(clock, "feplb, batch", on_sms=False, seconds=0.19)
+    assert late.kernel_was_running
+    assert not late.escaped
+    assert late.arrived_ms == pytest.approx(190)
+    assert late.kernel_ms == pytest.approx(200)
+
+
+def test_an_engine_escapes_and_sms_do_not(clock: VirtualTime) -> None:
+    control = starved(clock, CONTROL, on_sms=True)
     rows = bench.starvation_rows(
-        [control, starved("feplb, batch", on_sms=False), starved("feplb, plain", on_sms=True)]
+        [
+            control,
+            starved(clock, "feplb, batch", on_sms=False),
+            starved(clock, "feplb, plain", on_sms=True),
+        ]
     )
     assert [row["engine"] for row in rows] == [bench.SMS, bench.ENGINE, bench.SMS]
     assert bench.broken_promises(rows, [DIRECTION]) == [
@@ -147,26 +166,28 @@ def test_an_engine_escapes_and_sms_do_not() -> None:
 
 
 @pytest.mark.parametrize("control", [True, False])
-def test_without_a_control_that_starves_nothing_is_claimed(control: bool) -> None:
-    samples = [starved(CONTROL, on_sms=False)] if control else []
-    rows = bench.starvation_rows([*samples, starved("feplb, batch", on_sms=False)])
+def test_without_a_control_that_starves_nothing_is_claimed(
+    clock: VirtualTime, control: bool
+) -> None:
+    samples = [starved(clock, CONTROL, on_sms=False)] if control else []
+    rows = bench.starvation_rows([*samples, starved(clock, "feplb, batch", on_sms=False)])
     assert {row["engine"] for row in rows} == {bench.UNKNOWN}
     assert len(bench.broken_promises(rows, [DIRECTION])) == 1
 
 
-def test_a_copy_inside_the_gpu_may_take_sms() -> None:
+def test_a_copy_inside_the_gpu_may_take_sms(clock: VirtualTime) -> None:
     inside = Direction("H2D", DIRECTION.dst, DIRECTION.src, must_be_engine=False)
     rows = bench.starvation_rows(
-        [starved(CONTROL, on_sms=True), starved("feplb, batch", on_sms=True)]
+        [starved(clock, CONTROL, on_sms=True), starved(clock, "feplb, batch", on_sms=True)]
     )
     assert bench.broken_promises(rows, [inside]) == []
 
 
 def test_a_kernel_that_never_starts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "START_S", 0.05)
-    kernel = Kernel(0.01, starts=False)
+    kernel = Kernel(VirtualTime(), 0.01, starts=False)
     with pytest.raises(RuntimeError, match="not seen to start"):
-        bench.starve(Copy("x", kernel, on_sms=False), DIRECTION, kernel, lambda: kernel)
+        bench.starve(Copy("x", kernel, on_sms=False), DIRECTION, kernel, lambda: kernel.end)
 
 
 def test_without_a_gpu_nothing_is_measured(
