@@ -69,7 +69,7 @@ def _read_and_check(config: BalancerConfig, layers: Sequence[LayerSpec]) -> Envi
     if not layers:
         raise ValueError("Balancer: layers is empty, expected one LayerSpec per MoE layer")
     environment = read_environment()
-    if lane_name(config, environment) == "ce":
+    if lane_name(config, environment) != "host":
         check_queues(environment, config)
     return environment
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-LANES = ("auto", "host", "ce")
+LANES = ("auto", "host", "ce", "cupy")
 COPY_CALLS = ("auto", "batch", "peer", "plain")
 FLAG_CALLS = ("auto", "memops", "write", "copy")
 ARENA_HANDLES = ("auto", "vmm", "ipc")
@@ -214,14 +214,15 @@ class BalancerConfig:
             take about 51 us and leave a fifth less.
         deadline_s: longest any wait may last, in seconds; below NCCL's and DeepEP's 100 s.
         lane: how bytes travel; ``"host"`` (CPU tensors, shared memory), ``"ce"`` (CUDA tensors,
-            copy engines), ``"auto"``: ce where PyTorch has a GPU.
-        copy_call: on the ce lane, ``"batch"`` (one driver call for all copies of a submission,
+            copy engines), ``"cupy"`` (as ce, submitted from Python over CuPy and cuda-python on the
+            caller's thread; slower), ``"auto"``: ce where PyTorch has a GPU.
+        copy_call: on the ce and cupy lanes, ``"batch"`` (one driver call for all copies of a submission,
             from CUDA 12.8), ``"plain"`` (one per copy), ``"peer"`` (the same, naming both GPUs);
             ``"auto"``: batch where the driver has it.
-        flag_call: on the ce lane, how a stream writes a flag: ``"memops"`` (one call for all),
+        flag_call: on the ce and cupy lanes, how a stream writes a flag: ``"memops"`` (one call for all),
             ``"write"`` (one per flag), ``"copy"`` (a 4-byte copy); ``"auto"`` is memops.
         arena_handle: on the ce lane, how peers map an arena: ``"vmm"`` (file descriptors) or
-            ``"ipc"`` (CUDA IPC); ``"auto"``: vmm where the GPU has it.
+            ``"ipc"`` (CUDA IPC); ``"auto"``: vmm where the GPU has it. The cupy lane has ipc alone.
         gemm_gflops: a rank's expert GEMM rate in 10^9 operations per second, to size kept B (the
             work that hides the way back) and for ``auto``; None: 120 per CPU thread.
         lane_gbps: rate of the way back in 10^9 bytes per second; None: as measured at start-up.

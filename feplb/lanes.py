@@ -2,7 +2,8 @@
 
 ``host``: arenas in shared memory of the host, copied by threads. ``ce``: arenas on the GPUs, copied
 by their copy engines; a peer gets a rank's arena as a file descriptor over a Unix socket ("vmm") or
-as a CUDA IPC handle ("ipc"). Used at start-up only; everything a lane waits for has a deadline.
+as a CUDA IPC handle ("ipc"). ``cupy``: the same in Python (cupy_lane.py). Used at start-up only;
+everything a lane waits for has a deadline.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from .config import BalancerConfig, Environment
+from .cupy_lane import CupyLane
 from .observe.nvlink import Topology, read_topology
 from .peers import DomainRanks, Peers
 from .scheduler.machines import Machine
@@ -81,9 +83,12 @@ def open_lane(config: BalancerConfig, environment: Environment) -> Lane:
 
     Raises:
         RuntimeError: the machine has no such lane.
+        ValueError: the lane has not what the config asks for.
     """
-    is_host = lane_name(config, environment) == "host"
-    return HostLane() if is_host else CopyEngineLane(config, environment)
+    name = lane_name(config, environment)
+    if name == "host":
+        return HostLane()
+    return CupyLane(config) if name == "cupy" else CopyEngineLane(config, environment)
 
 
 # ----------------------------------------------------------------------------------------- host

@@ -210,6 +210,10 @@ def _run_rank(call: _Call, rank_idx: int, connection: Connection) -> None:
     for name in _travelling():
         del os.environ[name]
     os.environ.update(call.environment)
+    if os.environ.get("FEPLB_LANE") == "cupy":
+        import cupy_stand_in
+
+        cupy_stand_in.install()
     with _stack_file(call.folder, rank_idx).open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         connection.send(_call_fn(call, rank_idx))

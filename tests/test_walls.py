@@ -25,6 +25,7 @@ WALLS = {
             "csrc/bindings_plan.cpp",
             "csrc/bindings_domain.cpp",
             "csrc/bindings_cuda.cpp",
+            "csrc/bindings_lane.cpp",
         },
     ),
     "libtorch": (r"#include <(torch|ATen|c10)/", "csrc/*", set()),
@@ -60,6 +61,7 @@ WALLS = {
         "**/*.py",
         {"dispatch/deepep.py"},
     ),
+    "cupy": (r"^\s*(import|from) (cupy|cuda)\b", "**/*.py", {"cupy_lane.py"}),
     "print": (r"^\s*print\(", "**/*.py", {"cli.py"}),
 }
 
@@ -73,6 +75,7 @@ ORDER = [
     ["domain_calls"],
     ["arena_views", "arguments", "connect"],
     ["call", "memory", "lanes", "gpu_costs", "function_compute", "device_swiglu"],
+    ["cupy_lane"],
     ["peers", "costs", "gpu_compute", "observe"],
     ["compute", "router", "dispatch", "scheduler"],
     ["kernels"],

@@ -24,5 +24,6 @@ std::optional<UnitCosts> costs_from(const py::object& given);
 void bind_plan(py::module_& module);
 void bind_domain(py::module_& module);
 void bind_cuda(py::module_& module);
+void bind_python_lane(py::module_& module);
 
 }  // namespace feplb

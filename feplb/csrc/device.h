@@ -70,14 +70,17 @@ enum class WaitResult {
   kPoisoned,
 };
 
-// One rank's mover and watchdog as steps, for a lane that runs them itself (the simulation).
+// One rank's mover and watchdog as steps, for a lane that runs them itself.
 struct Crew {
-  const Bell* mover_bell;                   // the mover has a reason to step once it rang
+  Bell* mover_bell;                         // the mover has a reason to step once it rang
   std::function<bool()> mover_step;         // true if it got anything done
   std::function<bool()> awaits_release;     // the mover must step without a ring, too
   std::function<void()> watchdog_look;      // never calls the driver
   std::function<void(int rank)> peer_died;  // as the watchdog notices it
 };
+
+// Which of them it runs: the simulation both, a lane that submits on the caller's thread the mover.
+enum class Drives { kNothing, kMover, kMoverAndWatchdog };
 
 class Device {
  public:
@@ -118,8 +121,11 @@ class Device {
   virtual WaitResult wait_host(Bell& bell, const std::function<bool()>& done,
                                const WaitLimits& limits);
 
-  // A lane that runs mover and watchdog itself takes them, until stop(), and returns true.
-  virtual bool drive(Crew /*crew*/) { return false; }
+  // A lane that runs the mover, or both, itself takes them, until stop(), and says so.
+  virtual Drives drive(Crew /*crew*/) { return Drives::kNothing; }
+
+  // The caller has posted something for the mover: a lane that drives it on this thread may now.
+  virtual void posted() {}
 
   // Flags written on the compute stream are visible at once, so the writer may ring for them.
   virtual bool is_inline() const = 0;

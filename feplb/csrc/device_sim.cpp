@@ -55,9 +55,9 @@ WaitResult SimDevice::wait_host(Bell& /*bell*/, const std::function<bool()>& don
   return world_->wait_on_host(done, limits);
 }
 
-bool SimDevice::drive(Crew crew) {
+Drives SimDevice::drive(Crew crew) {
   world_->start_crew(rank_, std::move(crew));
-  return true;
+  return Drives::kMoverAndWatchdog;
 }
 
 }  // namespace feplb

@@ -29,7 +29,7 @@ class SimDevice : public Device {
   bool compute_drained() override;
   WaitResult wait_host(Bell& bell, const std::function<bool()>& done,
                        const WaitLimits& limits) override;
-  bool drive(Crew crew) override;
+  Drives drive(Crew crew) override;
   bool is_inline() const override { return false; }
   bool joins_pushes() const override { return world_->joins_pushes(); }
   void stop() noexcept override { world_->stop_crew(rank_); }

@@ -63,10 +63,13 @@ void Domain::open() {
   crew.awaits_release = [this] { return mover_.awaits_release(); };
   crew.watchdog_look = [this] { watchdog_.look(); };
   crew.peer_died = [this](int rank) { watchdog_.peer_died(rank); };
-  is_driven_ = device_->drive(std::move(crew));
+  const Drives drives = device_->drive(std::move(crew));
+  is_driven_ = drives == Drives::kMoverAndWatchdog;
   if (is_driven_) return;
   const std::string name = cat("feplb-", own_global_rank());
-  mover_thread_ = Worker(name + "-mover", [this] { mover_.run(); });
+  if (drives == Drives::kNothing) {
+    mover_thread_ = Worker(name + "-mover", [this] { mover_.run(); });
+  }
   watchdog_thread_ = Worker(name + "-watch", [this] { watchdog_.run(); });
 }
 
@@ -248,18 +251,18 @@ Event Domain::record_compute() {
                    [&] { return device_->record(StreamKind::kCompute); });
 }
 
-void Domain::post_rows(const CallSources& sources, const std::vector<int64_t>& first_row) {
-  mover_.post(Level::kRows, record_compute(),
-              push_rows(geometry(), mover_.agreement().route, sources, first_row));
-  submit();
+void Domain::post(Level level, std::vector<Push> pushes) {
+  mover_.post(level, record_compute(), std::move(pushes));
+  if (!is_driven_ && config_.caller_submits) {
+    mover_.submit_now();
+  } else {
+    mover_.wake();
+  }
+  device_->posted();
 }
 
-void Domain::submit() {
-  if (is_driven_ || !config_.caller_submits) {
-    mover_.wake();
-  } else {
-    mover_.submit_now();
-  }
+void Domain::post_rows(const CallSources& sources, const std::vector<int64_t>& first_row) {
+  post(Level::kRows, push_rows(geometry(), mover_.agreement().route, sources, first_row));
 }
 
 void Domain::handshake(Level level, const char* phase) {
@@ -328,9 +331,7 @@ void Domain::release_rows() {
 }
 
 void Domain::post_returns() {
-  mover_.post(Level::kReturns, record_compute(),
-              push_returns(geometry(), mover_.agreement().route));
-  submit();
+  post(Level::kReturns, push_returns(geometry(), mover_.agreement().route));
 }
 
 void Domain::await_grad_outbox() {
@@ -340,9 +341,7 @@ void Domain::await_grad_outbox() {
 
 void Domain::post_grads(const std::vector<int>& tensors) {
   grads_posted_ = true;
-  mover_.post(Level::kGrads, record_compute(),
-              push_grads(geometry(), mover_.agreement().route, tensors));
-  submit();
+  post(Level::kGrads, push_grads(geometry(), mover_.agreement().route, tensors));
 }
 
 void Domain::await_returns() {

@@ -122,7 +122,7 @@ class Domain {
   void check_usable(const char* phase);
   WaitLimits limits() const;
   CallGeometry geometry() const;
-  void submit();
+  void post(Level level, std::vector<Push> pushes);
   Event record_compute();
   double carry_pattern(std::size_t bytes);
   void handshake(Level level, const char* phase);
@@ -153,7 +153,7 @@ class Domain {
   Watchdog watchdog_;
   pid_t pid_;
   bool closed_ = false;
-  bool is_driven_ = false;  // the lane runs the mover (simulation): only it may plan
+  bool is_driven_ = false;  // the lane runs all threads (simulation): only its mover may plan
 
   uint64_t seq_ = 0;
   CallName call_;

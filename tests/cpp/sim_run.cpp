@@ -13,7 +13,7 @@ class TimidDevice final : public feplb::SimDevice {
  public:
   TimidDevice(std::shared_ptr<feplb::SimWorld> world, int rank, const feplb::CountBoard& board)
       : SimDevice(std::move(world), rank), board_(board) {}
-  bool drive(feplb::Crew crew) override {
+  feplb::Drives drive(feplb::Crew crew) override {
     crew.watchdog_look = [look = crew.watchdog_look, this] {
       if (!has_lifted_) look();
       has_lifted_ = board_.aborted();
