@@ -216,11 +216,11 @@ class BalancerConfig:
         lane: how bytes travel; ``"host"`` (CPU tensors, shared memory), ``"ce"`` (CUDA tensors,
             copy engines), ``"cupy"`` (as ce, submitted from Python over CuPy and cuda-python on the
             caller's thread; slower), ``"auto"``: ce where PyTorch has a GPU.
-        copy_call: on the ce and cupy lanes, ``"batch"`` (one driver call for all copies of a submission,
-            from CUDA 12.8), ``"plain"`` (one per copy), ``"peer"`` (the same, naming both GPUs);
-            ``"auto"``: batch where the driver has it.
-        flag_call: on the ce and cupy lanes, how a stream writes a flag: ``"memops"`` (one call for all),
-            ``"write"`` (one per flag), ``"copy"`` (a 4-byte copy); ``"auto"`` is memops.
+        copy_call: on the ce and cupy lanes, ``"batch"`` (one driver call for all copies of a
+            submission, from CUDA 12.8), ``"plain"`` (one per copy), ``"peer"`` (the same, naming
+            both GPUs); ``"auto"``: batch where the driver has it.
+        flag_call: on the ce and cupy lanes, how a stream writes a flag: ``"memops"`` (one call for
+            all), ``"write"`` (one per flag), ``"copy"`` (a 4-byte copy); ``"auto"`` is memops.
         arena_handle: on the ce lane, how peers map an arena: ``"vmm"`` (file descriptors) or
             ``"ipc"`` (CUDA IPC); ``"auto"``: vmm where the GPU has it. The cupy lane has ipc alone.
         gemm_gflops: a rank's expert GEMM rate in 10^9 operations per second, to size kept B (the

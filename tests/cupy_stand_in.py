@@ -16,6 +16,7 @@ from enum import IntEnum
 from typing import Any
 
 from feplb import cupy_lane
+from feplb.cupy_gpu import Packages
 
 Answer = tuple[Any, ...]
 
@@ -196,23 +197,17 @@ class Runtime:
         self._check("cuMemcpyAsync", _word(dst), _word(src), _word(size), _word(stream))
 
     def memcpyPeerAsync(  # noqa: N802
-        self,
-        dst: int,
-        dstDevice: int,
-        src: int,
-        srcDevice: int,
-        size: int,
-        stream: int,  # noqa: N803
+        self, dst: int, dst_device: int, src: int, src_device: int, size: int, stream: int
     ) -> None:
         there, here = (
             self._made("cuDevicePrimaryCtxRetain", ctypes.c_int(device))
-            for device in (dstDevice, srcDevice)
+            for device in (dst_device, src_device)
         )
         self._check(
             "cuMemcpyPeerAsync",
             _word(dst), _word(there), _word(src), _word(here), _word(size), _word(stream),
         )  # fmt: skip
-        for device in (dstDevice, srcDevice):
+        for device in (dst_device, src_device):
             self._check("cuDevicePrimaryCtxRelease", ctypes.c_int(device))
 
     def ipcGetMemHandle(self, devPtr: int) -> bytes:  # noqa: N802, N803
@@ -361,14 +356,14 @@ class Driver:
         )  # fmt: skip
 
 
-def packages(*, holds_gil: bool = False) -> cupy_lane.Packages:
+def packages(*, holds_gil: bool = False) -> Packages:
     """Over the driver that FEPLB_LIBCUDA names.
 
     Args:
         holds_gil: a wait on the default stream, where the stand-in runs it at once, keeps the GIL.
     """
     library = _Library(os.environ["FEPLB_LIBCUDA"], holds_gil=holds_gil)
-    return cupy_lane.Packages(Runtime(library), Driver(library), is_stand_in=True)
+    return Packages(Runtime(library), Driver(library), is_stand_in=True)
 
 
 def install(*, holds_gil: bool = False) -> None:

@@ -76,6 +76,8 @@ ORDER = [
     ["arena_views", "arguments", "connect"],
     ["call", "memory", "lanes", "gpu_costs", "function_compute", "device_swiglu"],
     ["cupy_lane"],
+    ["cupy_device"],
+    ["cupy_gpu"],
     ["peers", "costs", "gpu_compute", "observe"],
     ["compute", "router", "dispatch", "scheduler"],
     ["kernels"],

@@ -26,11 +26,11 @@ constexpr std::chrono::microseconds kLongestNap{50};
 
 std::uintptr_t address_of(const void* place) { return reinterpret_cast<std::uintptr_t>(place); }
 
-// "name of the error: its text", or the text alone where it is one of ours.
-std::string text_of(const py::error_already_set& error) {
+// The lane's own errors say what failed; of others the method and the type are told too.
+std::string text_of(const py::error_already_set& error, const char* method) {
   const std::string text = py::str(error.value());
   if (error.type().is(py::handle(PyExc_RuntimeError))) return text;
-  return cat(error.type().attr("__name__").cast<std::string>(), ": ", text);
+  return cat(method, " raised ", error.type().attr("__name__").cast<std::string>(), ": ", text);
 }
 
 class PythonDevice final : public Device {
@@ -100,7 +100,7 @@ Result PythonDevice::call(const char* method, const Arguments&... arguments) {
     const py::object result = lane_.attr(method)(arguments...);
     if constexpr (!std::is_void_v<Result>) return result.template cast<Result>();
   } catch (const py::error_already_set& error) {
-    throw Error(text_of(error));
+    throw Error(text_of(error, method));
   }
 }
 
