@@ -47,6 +47,7 @@ from test_host_kills import NOTICE_S, OWNER, Fall, check_survivors, rank_program
 
 from feplb import BalancerConfig, cupy_lane
 from feplb.cupy_gpu import Packages
+from feplb.domain_calls import DomainCalls
 
 BAD_RANK = 1
 SICK = 700  # what a driver says for ever after an illegal address
@@ -133,22 +134,53 @@ class Submission(ctypes.Structure):
     )
 
 
-def look_at_threads(rank: int, num_ranks: int) -> tuple[list[str], int, int]:
-    """Threads of feplb; those that submitted to the driver, and how often."""
+class WatchedCore:
+    """The core, which notes how many batches the driver has when rows were posted."""
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self.batches: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._core, name)
+
+    def post_rows(self, *args: Any) -> None:
+        before = StandIn().calls("cuMemcpyBatchAsync")
+        self._core.post_rows(*args)
+        self.batches.append(StandIn().calls("cuMemcpyBatchAsync") - before)
+
+
+def look_at_threads(rank: int, num_ranks: int) -> dict[str, Any]:
+    """Threads of feplb; those that submitted to the driver, and how often; batches per post."""
     log = (Submission * 4096)()
     driver = StandIn().functions
     with build(TWO_LAYERS) as balancer:
+        balancer.domain.core = core = WatchedCore(balancer.domain.core)
         train(Arm(rank, num_ranks, TWO_LAYERS, balancer))
         names = threads_of_feplb(None)
         driver.stand_in_take_log.restype = ctypes.c_int64
         count = driver.stand_in_take_log(log, ctypes.c_int64(len(log)))
-    return names, len({submission.thread for submission in log[:count]}), count
+    threads = {submission.thread for submission in log[:count]}
+    return {"names": names, "threads": len(threads), "calls": count, "batches": core.batches}
 
 
-def test_only_the_watchdog_has_a_thread_and_the_caller_submits() -> None:
-    for rank, (names, submitting, count) in enumerate(run_ranks(look_at_threads, 2)):
-        assert names == [f"feplb-{rank}-watch"]
-        assert (submitting, count > 100) == (1, True)
+@pytest.fixture(scope="module")
+def threads() -> list[dict[str, Any]]:
+    return run_ranks(look_at_threads, 2)
+
+
+def test_only_the_watchdog_has_a_thread_and_the_caller_submits(
+    threads: list[dict[str, Any]],
+) -> None:
+    for rank, found in enumerate(threads):
+        assert found["names"] == [f"feplb-{rank}-watch"]
+        assert (found["threads"], found["calls"] > 100) == (1, True)
+
+
+def test_rows_and_weights_are_with_the_driver_when_they_have_been_posted(
+    threads: list[dict[str, Any]],
+) -> None:
+    assert threads[0]["batches"][0] == 2  # nothing has to be released yet
 
 
 # ---------------------------------------------------------------------------- failures in a call
@@ -234,10 +266,26 @@ def wait_with_the_lock(rank: int, num_ranks: int, fall: Fall, stamp: str) -> dic
     return rank_program(rank, num_ranks, fall, stamp)
 
 
-def test_the_watchdog_lifts_a_wait_without_pythons_lock(tmp_path: Path) -> None:
+def wait_in_a_stream(rank: int, num_ranks: int, fall: Fall, stamp: str) -> dict[str, Any]:
+    """Waits lie in a compute stream of the driver; what the host computes meanwhile is noise."""
+    runtime, stream = cupy_stand_in.packages().runtime, 0
+
+    def bind(calls: DomainCalls) -> None:
+        nonlocal stream
+        stream = stream or runtime.streamCreateWithFlags(runtime.streamNonBlocking)
+        calls.core.bind_compute(stream)
+
+    DomainCalls._bind_stream = bind  # type: ignore[method-assign]
+    return rank_program(rank, num_ranks, fall, stamp)
+
+
+@pytest.mark.parametrize("program", [wait_with_the_lock, wait_in_a_stream])
+def test_the_watchdog_lifts_waits_for_a_killed_rank(
+    tmp_path: Path, program: Callable[..., dict[str, Any]]
+) -> None:
     fall = Fall(OWNER, "forward", "wait_plan", "after")  # its helpers wait for its rows
     stamp = tmp_path / "fell_at"
-    results = run_ranks(wait_with_the_lock, NUM_RANKS, fall, str(stamp), may_die=[OWNER])
+    results = run_ranks(program, NUM_RANKS, fall, str(stamp), may_die=[OWNER])
     survivors = [result for result in results if result is not None]
     check_survivors(fall, survivors)
     fell = float(stamp.read_text())
@@ -279,7 +327,7 @@ def refuse(rank: int, num_ranks: int) -> dict[str, tuple[str, bool]]:
     for name, (symbol, code, after, _) in REFUSALS.items():
         if rank == BAD_RANK:
             driver.fail(symbol, code, after)
-        said = attempt(lambda: build(deadline_s=5.0).close())
+        said = attempt(lambda: build(deadline_s=2.0).close())
         driver.fail(symbol, 0)
         found[name] = (said, held(driver) == clean)
     found["vmm"] = (attempt(lambda: build(arena_handle="vmm")), held(driver) == clean)
