@@ -3,7 +3,7 @@
 #   make demo    train with and without feplb, kill a rank: one screen and a picture in out/
 #                (make demo ARGS="--text PATH" for another text)
 #   make test    all tests
-#   make test-stacks   against Megatron-Core 0.16.1, on the CPU
+#   make test-stacks   against Megatron-Core 0.16.1 and the names in CuPy, on the CPU
 #   make check   ruff, mypy, clang-format, the walls
 #
 # PYTHON=... chooses the interpreter. A system torch of 2.8 or newer is used; else the CPU wheel is
@@ -16,6 +16,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 
 TORCH := 2.13.0
 MEGATRON := 0.16.1
+CUPY := 14.2.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 HAS_TORCH := -c 'import sys, torch; sys.exit([int(n) for n in torch.__version__.split(".")[:2]] < [2, 8])'
 
@@ -39,7 +40,8 @@ test: $(VENV)/.dev
 
 # Not among its requirements: what megatron-core wants beside torch and numpy is for GPUs.
 test-stacks: $(VENV)/.dev
-	@$(PIP) --no-deps 'megatron-core==$(MEGATRON)' packaging
+	@$(PIP) --no-deps 'megatron-core==$(MEGATRON)' packaging \
+		'cupy-cuda12x==$(CUPY)' 'cuda-bindings==12.9.*' cuda-pathfinder
 	$(RUN) -m pytest $(ARGS) -W ignore tests/stacks
 
 check: $(VENV)/.dev
