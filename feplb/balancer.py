@@ -114,7 +114,7 @@ class Balancer:
         rank, num_ranks: this rank's place in its domain, and the domain's size.
         global_rank, global_ranks: the same in the numbers of the job, as messages have them.
         memory: what this rank reserves.
-        device: where rows, weights and gradients must be: the CPU (host lane) or a GPU (ce lane).
+        device: where rows, weights and gradients must be: the CPU (host lane) or a GPU (ce, cupy).
         domain: the calls under way; for feplb itself.
     Thread/stream: collective over ``group``, blocks. Starts three threads per rank.
     """

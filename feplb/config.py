@@ -215,7 +215,7 @@ class BalancerConfig:
         deadline_s: longest any wait may last, in seconds; below NCCL's and DeepEP's 100 s.
         lane: how bytes travel; ``"host"`` (CPU tensors, shared memory), ``"ce"`` (CUDA tensors,
             copy engines), ``"cupy"`` (as ce, submitted from Python over CuPy and cuda-python on the
-            caller's thread; slower), ``"auto"``: ce where PyTorch has a GPU.
+            caller's thread), ``"auto"``: ce where PyTorch has a GPU.
         copy_call: on the ce and cupy lanes, ``"batch"`` (one driver call for all copies of a
             submission, from CUDA 12.8), ``"plain"`` (one per copy), ``"peer"`` (the same, naming
             both GPUs); ``"auto"``: batch where the driver has it.

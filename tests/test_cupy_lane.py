@@ -43,10 +43,10 @@ from balancer_cases import (
 from balancer_scenarios import Reactions, Scenario, attempt, call_and_check
 from ranks import run_ranks
 from stand_in import StandIn
-from test_host_kills import NOTICE_S, OWNER, Fall, check_survivors, rank_program
+from test_host_kills import HELPER, NOTICE_S, OWNER, Fall, check_survivors, rank_program
 
 from feplb import BalancerConfig, cupy_lane
-from feplb.cupy_gpu import Packages
+from feplb.cupy_gpu import Arena, Packages
 from feplb.domain_calls import DomainCalls
 
 BAD_RANK = 1
@@ -288,6 +288,8 @@ def test_the_watchdog_lifts_waits_for_a_killed_rank(
     results = run_ranks(program, NUM_RANKS, fall, str(stamp), may_die=[OWNER])
     survivors = [result for result in results if result is not None]
     check_survivors(fall, survivors)
+    if program is wait_with_the_lock:
+        assert "while waiting for rows and weights" in survivors[HELPER - 1]["error"]
     fell = float(stamp.read_text())
     assert max(survivor["raised"] for survivor in survivors) - fell < NOTICE_S
 
@@ -365,6 +367,28 @@ def test_the_next_balancer_works_and_leaves_nothing(
     refused: list[dict[str, tuple[str, bool]]],
 ) -> None:
     assert [of_rank[""] for of_rank in refused] == [("same bits", True)] * 2
+
+
+# ------------------------------------------------------------------------------- whose GPU is whose
+
+
+def name_peers(rank: int, num_ranks: int) -> tuple[list[tuple[int, int, int]], str]:
+    """Two ranks whose GPUs this process numbers the other way round; then one it cannot see."""
+    lane = cupy_lane.CupyLane(BalancerConfig(copy_call="peer"))
+    first, second = Arena(lane._gpu), Arena(lane._gpu)
+    lane._arenas = [first, second]
+    first.address, second.address = 1 << 40, 2 << 40
+    lane._name_peers([b"one", b"two"], [b"two", b"one"], 100)
+    found = [(peer.address, peer.num_bytes, peer.ordinal) for peer in lane._lane.peers]
+    masked = attempt(lambda: lane._name_peers([b"one", b"two"], [b"one"], 100))
+    first.address = second.address = 0  # nobody's memory
+    return found, masked
+
+
+def test_copies_that_name_both_gpus_must_see_both() -> None:
+    ((found, masked),) = run_ranks(name_peers, 1)
+    assert found == [(1 << 40, 100, 1), (2 << 40, 100, 0)]
+    assert re.match(r'RuntimeError: copy_call="peer" must know .*CUDA_VISIBLE_DEVICES', masked)
 
 
 # ----------------------------------------------------------------------------------------- context
