@@ -91,14 +91,6 @@ class CudaLane(Lane):
     def has_vmm(self) -> bool: ...
 
 class CopyStream:
-    """Copies between any memory that a GPU reaches, submitted as the ce lane submits them.
-
-    For benches. ``copies``: (destination address, source address, bytes) each; ``copy`` returns a
-    ticket. ``after``: what is submitted next starts when the stream's work so far is done.
-    ``wait``: spins, without the GIL, and returns the time of time.monotonic_ns() at which the
-    copies were seen to have arrived; RuntimeError after ``timeout_s``.
-    """
-
     def __init__(self, *, library: str = ..., ordinal: int, copy_call: str = ...) -> None: ...
     @property
     def calls(self) -> str: ...
