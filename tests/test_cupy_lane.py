@@ -24,6 +24,7 @@ import stand_in
 import test_balancer_autograd
 import test_balancer_bits
 import test_balancer_failures
+import test_balancer_fork
 import test_balancer_weight_grads
 import torch.distributed as dist
 from balancer_cases import (
@@ -389,6 +390,20 @@ def test_copies_that_name_both_gpus_must_see_both() -> None:
     ((found, masked),) = run_ranks(name_peers, 1)
     assert found == [(1 << 40, 100, 1), (2 << 40, 100, 0)]
     assert re.match(r'RuntimeError: copy_call="peer" must know .*CUDA_VISIBLE_DEVICES', masked)
+
+
+# -------------------------------------------------------------------------------------------- fork
+
+
+def test_a_forked_child_is_refused_and_changes_nothing() -> None:
+    for of_rank in run_ranks(test_balancer_fork.fork_in_rank, 2):
+        refused = of_rank.texts.keys() - {"close", "forget"}
+        assert len(refused) == 6
+        for call in refused:
+            assert "process forked after its Balancer was built" in of_rank.texts[call], call
+        assert (of_rank.texts["close"], of_rank.texts["forget"]) == ("closed", "memory intact")
+        assert of_rank.after == of_rank.before
+        assert of_rank.differences == []
 
 
 # ----------------------------------------------------------------------------------------- context

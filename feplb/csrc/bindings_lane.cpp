@@ -63,6 +63,7 @@ class PythonDevice final : public Device {
 
   template <typename Result = void, typename... Arguments>
   Result call(const char* method, const Arguments&... arguments);
+  bool has_mover();
   bool step_mover();
   Flag* marker() const { return reinterpret_cast<Flag*>(page_.get()); }
 
@@ -104,8 +105,14 @@ Result PythonDevice::call(const char* method, const Arguments&... arguments) {
   }
 }
 
+// Not before drive(), and not in a forked child, which does not have the board.
+bool PythonDevice::has_mover() {
+  if (getpid() != pid_) crew_ = Crew{};
+  return static_cast<bool>(crew_.mover_step);
+}
+
 bool PythonDevice::step_mover() {
-  if (!crew_.mover_step || is_stepping_) return false;
+  if (is_stepping_ || !has_mover()) return false;
   is_stepping_ = true;  // the mover's own calls come back here
   bool did_something = false;
   while (crew_.mover_step()) did_something = true;
@@ -186,7 +193,7 @@ void PythonDevice::get(std::byte* dst, const std::byte* src, std::size_t bytes) 
 
 WaitResult PythonDevice::wait_host(Bell& bell, const std::function<bool()>& done,
                                    const WaitLimits& limits) {
-  Bell& rung = crew_.mover_step ? *crew_.mover_bell : bell;
+  Bell& rung = has_mover() ? *crew_.mover_bell : bell;
   while (true) {
     const uint32_t seen = rung.rings();
     step_mover();
