@@ -1,19 +1,15 @@
 """The cupy lane without a GPU: the whole Balancer over CuPy's and cuda-python's calls, which go to
 the stand-in driver. Ranks are processes, tensors the host's.
 
-Bits with every way of copying and of writing flags; threads; a driver that fails while a Balancer
-is built and in a call; a killed peer while Python holds its lock; what is missing, in sentences.
+Bits with every way of copying and of writing flags; threads; a driver that fails in a call; a
+killed peer while Python holds its lock; a forked child. test_cupy_startup.py has what fails before.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import gc
 import itertools
-import re
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +25,6 @@ import test_balancer_weight_grads
 import torch.distributed as dist
 from balancer_cases import (
     NUM_RANKS,
-    PLAIN,
     TWO_LAYERS,
     Arm,
     Bits,
@@ -38,16 +33,13 @@ from balancer_cases import (
     build,
     grads,
     loss_of,
-    resources_in_use,
     threads_of_feplb,
 )
-from balancer_scenarios import Reactions, Scenario, attempt, call_and_check
+from balancer_scenarios import Reactions, Scenario
 from ranks import run_ranks
 from stand_in import StandIn
 from test_host_kills import HELPER, NOTICE_S, OWNER, Fall, check_survivors, rank_program
 
-from feplb import BalancerConfig, cupy_lane
-from feplb.cupy_gpu import Arena, Packages
 from feplb.domain_calls import DomainCalls
 
 BAD_RANK = 1
@@ -295,103 +287,6 @@ def test_the_watchdog_lifts_waits_for_a_killed_rank(
     assert max(survivor["raised"] for survivor in survivors) - fell < NOTICE_S
 
 
-# --------------------------------------------------------------------- failures while it is built
-
-# Which call of the driver fails on one rank, with which code, after how many that did not.
-REFUSALS = {
-    "memory": ("cuMemAlloc", 2, 0, r"GPU 0 has not the \d+ bytes .*Lower max_rows, num_slots"),
-    "export": ("cuIpcGetMemHandle", SICK, 0, "exporting the arena by CUDA IPC failed: CUDA_"),
-    "ipc": ("cuIpcOpenMemHandle", 800, 0, r"IPC of a peer's arena was refused: .*--ipc=host"),
-    "peer access": ("cuIpcOpenMemHandle", 217, 0, "cannot reach a peer's memory: .*NVLink"),
-    "memlock": ("cuMemHostRegister", 304, 0, r"pinning \d+ bytes of .* failed: .*ulimit -l"),
-    "second pin": ("cuMemHostRegister", 304, 1, "pinning 4096 bytes of .* failed: .*ulimit -l"),
-    "pinned address": ("cuMemHostGetDevicePointer", SICK, 1, r"sees the count board .*\(700\)"),
-    "flag words": ("cuMemAlloc", 2, 1, "allocating the flag words failed: CUDA_"),
-    "events": ("cuEventCreate", SICK, 300, "creating an event failed: CUDA_"),
-    "streams": ("cuStreamCreate", SICK, 2, "creating a stream failed: CUDA_"),
-    "context": ("cuDevicePrimaryCtxRetain", SICK, 0, r"taking a GPU's context failed: .*\(700\)"),
-    "copies": ("cuMemcpyBatchAsync", SICK, 0, r"submitting a batch of 1 copies failed: .*\(700\)"),
-    "put": ("cuMemcpyHtoD", SICK, 0, "copying to the GPU failed: CUDA_"),
-}
-
-
-def held(driver: StandIn) -> dict[str, Any]:
-    """All that this process and its driver hold."""
-    gc.collect()
-    return {**resources_in_use(num_threads=0), **driver.alive()}
-
-
-def refuse(rank: int, num_ranks: int) -> dict[str, tuple[str, bool]]:
-    """Per refusal: what is said, and whether anything is left; at last whether a Balancer works."""
-    driver = StandIn()
-    build().close()  # what a first one loads stays
-    clean = held(driver)
-    found = {}
-    for name, (symbol, code, after, _) in REFUSALS.items():
-        if rank == BAD_RANK:
-            driver.fail(symbol, code, after)
-        said = attempt(lambda: build(deadline_s=2.0).close())
-        driver.fail(symbol, 0)
-        found[name] = (said, held(driver) == clean)
-    found["vmm"] = (attempt(lambda: build(arena_handle="vmm")), held(driver) == clean)
-    with build() as balancer:
-        works = call_and_check(Arm(rank, num_ranks, PLAIN, balancer))
-    del balancer
-    found[""] = (works, held(driver) == clean)
-    return found
-
-
-@pytest.fixture(scope="module")
-def refused() -> list[dict[str, tuple[str, bool]]]:
-    return run_ranks(refuse, 2)
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_a_refusal_is_said_on_every_rank_and_leaves_nothing(
-    refused: list[dict[str, tuple[str, bool]]], name: str
-) -> None:
-    own, heard = refused[BAD_RANK][name], refused[0][name]
-    assert re.match(rf"RuntimeError: .*{REFUSALS[name][3]}", own[0], re.DOTALL), own
-    assert f"rank {BAD_RANK}" in heard[0]
-    assert (own[1], heard[1]) == (True, True)
-
-
-def test_descriptors_are_refused_with_what_to_use(
-    refused: list[dict[str, tuple[str, bool]]],
-) -> None:
-    for of_rank in refused:
-        assert of_rank["vmm"][0].startswith("ValueError: lane='cupy' shares arenas by CUDA IPC")
-        assert of_rank["vmm"][1]
-
-
-def test_the_next_balancer_works_and_leaves_nothing(
-    refused: list[dict[str, tuple[str, bool]]],
-) -> None:
-    assert [of_rank[""] for of_rank in refused] == [("same bits", True)] * 2
-
-
-# ------------------------------------------------------------------------------- whose GPU is whose
-
-
-def name_peers(rank: int, num_ranks: int) -> tuple[list[tuple[int, int, int]], str]:
-    """Two ranks whose GPUs this process numbers the other way round; then one it cannot see."""
-    lane = cupy_lane.CupyLane(BalancerConfig(copy_call="peer"))
-    first, second = Arena(lane._gpu), Arena(lane._gpu)
-    lane._arenas = [first, second]
-    first.address, second.address = 1 << 40, 2 << 40
-    lane._name_peers([b"one", b"two"], [b"two", b"one"], 100)
-    found = [(peer.address, peer.num_bytes, peer.ordinal) for peer in lane._lane.peers]
-    masked = attempt(lambda: lane._name_peers([b"one", b"two"], [b"one"], 100))
-    first.address = second.address = 0  # nobody's memory
-    return found, masked
-
-
-def test_copies_that_name_both_gpus_must_see_both() -> None:
-    ((found, masked),) = run_ranks(name_peers, 1)
-    assert found == [(1 << 40, 100, 1), (2 << 40, 100, 0)]
-    assert re.match(r'RuntimeError: copy_call="peer" must know .*CUDA_VISIBLE_DEVICES', masked)
-
-
 # -------------------------------------------------------------------------------------------- fork
 
 
@@ -404,96 +299,3 @@ def test_a_forked_child_is_refused_and_changes_nothing() -> None:
         assert (of_rank.texts["close"], of_rank.texts["forget"]) == ("closed", "memory intact")
         assert of_rank.after == of_rank.before
         assert of_rank.differences == []
-
-
-# ----------------------------------------------------------------------------------------- context
-
-
-def keep_another_context(rank: int, num_ranks: int) -> list[str]:
-    """A thread with another GPU's context current has it back after all that feplb does."""
-    driver = StandIn().functions
-    other, seen = ctypes.c_void_p(), ctypes.c_void_p()
-    driver.cuDevicePrimaryCtxRetain(ctypes.byref(other), 1)
-    found = []
-
-    def work() -> None:
-        driver.cuCtxSetCurrent(other)
-        with build() as balancer:
-            found.append(call_and_check(Arm(rank, num_ranks, PLAIN, balancer)))
-        driver.cuCtxGetCurrent(ctypes.byref(seen))
-        found.append(f"{seen.value == other.value}")
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    return found
-
-
-def test_another_context_comes_back() -> None:
-    assert run_ranks(keep_another_context, 2) == [["same bits", "True"]] * 2
-
-
-# --------------------------------------------------------------------------------- what is missing
-
-
-@pytest.mark.parametrize(
-    ("cuda", "lines"),
-    [
-        ("12.8", ["pip install cupy-cuda12x 'cuda-python==12.*'"]),
-        ("13.0", ["pip install cupy-cuda13x 'cuda-python==13.*'"]),
-        (
-            None,
-            ["cupy-cuda12x 'cuda-python==12.*' or pip install cupy-cuda13x 'cuda-python==13.*'"],
-        ),
-    ],
-)
-def test_a_missing_package_is_told_with_the_line_that_installs_it(
-    monkeypatch: pytest.MonkeyPatch, cuda: str | None, lines: list[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.setattr("torch.version.cuda", cuda)
-    with pytest.raises(RuntimeError, match="needs CuPy and cuda-python") as caught:
-        cupy_lane.import_packages()
-    assert all(line in str(caught.value) for line in lines)
-    assert ("cuda12x" in str(caught.value)) == (cuda != "13.0")
-
-
-def test_packages_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cupy_lane, "import_packages", lambda: Packages(None, None))
-    with pytest.raises(RuntimeError, match=r"sees no GPU.*Install a CUDA build.*lane='host'"):
-        cupy_lane.CupyLane(BalancerConfig(lane="cupy"))
-
-
-class Versions:
-    """A driver and bindings of some CUDA versions, and nothing else."""
-
-    def __init__(self, driver: int, bindings: int, *, has_call: bool = True) -> None:
-        self.CUDA_VERSION = bindings
-        self.driverGetVersion: Callable[[], int] = lambda: driver
-        if has_call:
-            self.cuMemcpyBatchAsync = None
-
-
-@pytest.mark.parametrize(
-    ("versions", "chosen"),
-    [
-        (Versions(12080, 12080), "batch"),
-        (Versions(13000, 12090), "batch"),
-        (Versions(13000, 13000), "batch"),
-        (Versions(13000, 13020), "batch"),
-        (Versions(12090, 13000), "plain"),  # the bindings call the form of CUDA 13
-        (Versions(12040, 12080), "plain"),
-        (Versions(13000, 12060, has_call=False), "plain"),
-    ],
-)
-def test_batches_are_chosen_where_driver_and_bindings_have_them(
-    versions: Versions, chosen: str
-) -> None:
-    packages = Packages(versions, versions)
-    assert cupy_lane._copy_call("auto", packages) == chosen
-    assert cupy_lane._copy_call("plain", packages) == "plain"
-    if chosen == "batch":
-        assert cupy_lane._copy_call("batch", packages) == "batch"
-    else:
-        with pytest.raises(RuntimeError, match=r'copy_call="batch" needs .*use "plain"'):
-            cupy_lane._copy_call("batch", packages)
