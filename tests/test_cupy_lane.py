@@ -173,7 +173,7 @@ def test_only_the_watchdog_has_a_thread_and_the_caller_submits(
 def test_rows_and_weights_are_with_the_driver_when_they_have_been_posted(
     threads: list[dict[str, Any]],
 ) -> None:
-    assert threads[0]["batches"][0] == 2  # nothing has to be released yet
+    assert threads[0]["batches"][0] == 1  # both in one; nothing has to be released yet
 
 
 # ---------------------------------------------------------------------------- failures in a call
@@ -256,7 +256,7 @@ def test_a_refused_call_leaves_the_balancer_usable(reactions: Reactions) -> None
 def wait_with_the_lock(rank: int, num_ranks: int, fall: Fall, stamp: str) -> dict[str, Any]:
     """A wait that runs at once keeps Python's lock, until the flag is there or lifted."""
     cupy_stand_in.install(holds_gil=True)
-    return rank_program(rank, num_ranks, fall, stamp)
+    return rank_program(rank, num_ranks, fall, stamp, {})
 
 
 def wait_in_a_stream(rank: int, num_ranks: int, fall: Fall, stamp: str) -> dict[str, Any]:
@@ -269,7 +269,7 @@ def wait_in_a_stream(rank: int, num_ranks: int, fall: Fall, stamp: str) -> dict[
         calls.core.bind_compute(stream)
 
     DomainCalls._bind_stream = bind  # type: ignore[method-assign]
-    return rank_program(rank, num_ranks, fall, stamp)
+    return rank_program(rank, num_ranks, fall, stamp, {})
 
 
 @pytest.mark.parametrize("program", [wait_with_the_lock, wait_in_a_stream])

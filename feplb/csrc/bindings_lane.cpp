@@ -54,7 +54,6 @@ class PythonDevice final : public Device {
   WaitResult wait_host(Bell& bell, const std::function<bool()>& done,
                        const WaitLimits& limits) override;
   Drives drive(Crew crew) override;
-  void posted() override { step_mover(); }
   bool is_inline() const override { return false; }
   void stop() noexcept override;
 

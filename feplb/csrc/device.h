@@ -124,9 +124,6 @@ class Device {
   // A lane that runs the mover, or both, itself takes them, until stop(), and says so.
   virtual Drives drive(Crew /*crew*/) { return Drives::kNothing; }
 
-  // The caller has posted something for the mover: a lane that drives it on this thread may now.
-  virtual void posted() {}
-
   // Flags written on the compute stream are visible at once, so the writer may ring for them.
   virtual bool is_inline() const = 0;
 

@@ -258,7 +258,6 @@ void Domain::post(Level level, std::vector<Push> pushes) {
   } else {
     mover_.wake();
   }
-  device_->posted();
 }
 
 void Domain::post_rows(const CallSources& sources, const std::vector<int64_t>& first_row) {
