@@ -48,7 +48,7 @@ REFUSALS = {
     "events": ("cuEventCreate", SICK, 300, "creating an event failed: CUDA_"),
     "streams": ("cuStreamCreate", SICK, 2, "creating a stream failed: CUDA_"),
     "context": ("cuDevicePrimaryCtxRetain", SICK, 0, r"taking a GPU's context failed: .*\(700\)"),
-    "copies": ("cuMemcpyBatchAsync", SICK, 0, r"submitting a batch of 1 copies failed: .*\(700\)"),
+    "copies": ("cuMemcpyBatchAsync", SICK, 0, r"submitting a batch of 4 copies failed: .*\(700\)"),
     "put": ("cuMemcpyHtoD", SICK, 0, "copying to the GPU failed: CUDA_"),
 }
 
