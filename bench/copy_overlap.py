@@ -5,9 +5,9 @@ Copies of 1 to 128 MiB, one after the other, in every direction that there is: b
 within the GPU (what several ranks on one GPU do), to a peer. Submitted as the ce lane does
 (_core.CopyStream), and by torch's copy_. Which engine carries them: bench/engine_proof.py.
 
-    gemm %    time of the GEMM with copies during all of it, over its time alone
-    GB/s      bytes copied: of one copy alone, from its submission until the host sees it arrive; of
-              copies in a row alone; of copies in a row, all of them beside GEMMs
+    gemm pct   time of the GEMM with copies during all of it, over its time alone
+    gbps       GB copied per second: by one copy alone, from its submission until the host sees it
+               arrive; by copies in a row, alone; by copies in a row, all of them beside GEMMs
 """
 
 from __future__ import annotations
@@ -113,12 +113,12 @@ def row_of(
         "copy": way,
         "direction": direction,
         "mib": num_bytes / 2**20,
-        "one_copy GB/s": middle(alone[0]),
-        "in a row_GB/s": middle(alone[1]),
-        "beside GEMM_GB/s": middle(fast),
-        "gemm_alone ms": gemm_ms,
-        "gemm_%": middle(slow),
-        "gemm_% iqr": iqr(slow) if slow else None,
+        "one_copy_gbps": middle(alone[0]),
+        "in_a_row_gbps": middle(alone[1]),
+        "beside_gemm_gbps": middle(fast),
+        "gemm_alone_ms": gemm_ms,
+        "gemm_pct": middle(slow),
+        "gemm_pct_iqr": iqr(slow) if slow else None,
     }
 
 

@@ -200,7 +200,7 @@ def starvation_rows(samples: Sequence[Starved]) -> list[Row]:
                 "direction": sample.direction,
                 "arrived_ms": sample.arrived_ms,
                 "kernel_ms": sample.kernel_ms,
-                "before_kernel ended": sample.kernel_was_running,
+                "before_kernel_ended": sample.kernel_was_running,
                 "engine": engine if is_sound else UNKNOWN,
             }
         )

@@ -194,11 +194,11 @@ def table_rows(exchange: str, samples: Sequence[Sample]) -> list[Row]:
                 "pass": name,
                 "exchange": exchange,
                 "without_ms": median(without),
-                "without_ms iqr": iqr(without),
-                "with_copies ms": median(beside) if beside else None,
-                "with_copies ms iqr": iqr(beside) if beside else None,
+                "without_ms_iqr": iqr(without),
+                "with_copies_ms": median(beside) if beside else None,
+                "with_copies_ms_iqr": iqr(beside) if beside else None,
                 "overhead_pct": overhead,
-                "paper_below pct": None if exchange == STAND_IN else PAPER_PCT,
+                "paper_below_pct": None if exchange == STAND_IN else PAPER_PCT,
                 "samples": len(beside),
             }
         )

@@ -352,9 +352,9 @@ def table_rows(found: dict[str, list[LayerMs]], beside: bool) -> list[Row]:
                 [getattr(layer, part) for layer in found[name]] for name in (label, "none", CEILING)
             )
             means = [float(np.mean(samples)) for samples in (none, of_arm, ceiling)]
-            row[f"emulated_{part} ms"] = means[1]
-            row[f"emulated_{part} ms iqr"] = iqr(of_arm)
-            row[f"emulated_{part} recovered %"] = recovered_pct(*means)
+            row[f"emulated_{part}_ms"] = means[1]
+            row[f"emulated_{part}_ms_iqr"] = iqr(of_arm)
+            row[f"emulated_{part}_recovered_pct"] = recovered_pct(*means)
         rows.append(row)
     return rows
 

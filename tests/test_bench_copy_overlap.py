@@ -33,16 +33,16 @@ def test_how_many_copies_last_so_long() -> None:
 def test_a_row_by_hand() -> None:
     loaded = [bench.Loaded(6.0, 40.0), bench.Loaded(5.5, None), bench.Loaded(None, 42.0)]
     row = bench.row_of("lane", "H2D", 4 * MIB, [[10.0, 12.0], [50.0]], 5.0, loaded)
-    assert row["gemm_%"] == pytest.approx(115.0)
-    assert row["beside GEMM_GB/s"] == 41.0
-    assert row["one_copy GB/s"] == 11.0
-    assert row["in a row_GB/s"] == 50.0
+    assert row["gemm_pct"] == pytest.approx(115.0)
+    assert row["beside_gemm_gbps"] == 41.0
+    assert row["one_copy_gbps"] == 11.0
+    assert row["in_a_row_gbps"] == 50.0
     assert row["mib"] == 4
 
 
 def test_what_was_never_covered_is_no_figure() -> None:
     row = bench.row_of("lane", "H2D", MIB, [[1.0], [1.0]], 5.0, [bench.Loaded(None, None)])
-    assert row["gemm_%"] is row["beside GEMM_GB/s"] is row["gemm_% iqr"] is None
+    assert row["gemm_pct"] is row["beside_gemm_gbps"] is row["gemm_pct_iqr"] is None
 
 
 class Copies:
@@ -115,10 +115,10 @@ def test_copies_that_outlast_the_gemms_were_not_beside_them(clock: VirtualTime) 
 def test_rates_alone_are_those_of_the_copies(clock: VirtualTime) -> None:
     way = Copies(clock, 50.0)
     (row,) = bench.measure([way], [NOTHING], [4 * MIB], gemm_of(clock, 5.0), repeats=2)
-    assert row["one_copy GB/s"] == pytest.approx(50.0)
-    assert row["in a row_GB/s"] == pytest.approx(50.0)
-    assert row["beside GEMM_GB/s"] == pytest.approx(50.0)
-    assert row["gemm_%"] == pytest.approx(100.0)
+    assert row["one_copy_gbps"] == pytest.approx(50.0)
+    assert row["in_a_row_gbps"] == pytest.approx(50.0)
+    assert row["beside_gemm_gbps"] == pytest.approx(50.0)
+    assert row["gemm_pct"] == pytest.approx(100.0)
 
 
 def test_a_lost_piece_fails_the_check(clock: VirtualTime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,14 +64,14 @@ def test_overhead_by_hand() -> None:
     ]  # fmt: skip
     dispatch, combine = bench.table_rows("nccl all-to-all, 8 ranks", samples)
     assert dispatch["overhead_pct"] == pytest.approx(1.0)
-    assert dispatch["paper_below pct"] == 1.0
+    assert dispatch["paper_below_pct"] == 1.0
     assert dispatch["samples"] == 1
-    assert combine["overhead_pct"] is combine["with_copies ms"] is None
+    assert combine["overhead_pct"] is combine["with_copies_ms"] is None
 
 
 def test_the_papers_figure_does_not_stand_beside_the_stand_ins() -> None:
     samples = [Sample(name, copies, 1.0) for name in bench.PASSES for copies in (False, True)]
-    assert all(row["paper_below pct"] is None for row in bench.table_rows(bench.STAND_IN, samples))
+    assert all(row["paper_below_pct"] is None for row in bench.table_rows(bench.STAND_IN, samples))
 
 
 def test_every_pass_is_sampled_with_and_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:

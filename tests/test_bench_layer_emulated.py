@@ -183,9 +183,9 @@ def test_every_figure_is_called_emulated(
 ) -> None:
     rows = bench.table_rows(found[0], beside=True)
     at = {row["policy"]: row for row in rows}
-    assert at["none"]["emulated_both recovered %"] == 0
-    assert at[bench.CEILING]["emulated_both recovered %"] == 100
-    assert 0 < float(str(at["refine 1R"]["emulated_both recovered %"])) <= 100
+    assert at["none"]["emulated_both_recovered_pct"] == 0
+    assert at[bench.CEILING]["emulated_both_recovered_pct"] == 100
+    assert 0 < float(str(at["refine 1R"]["emulated_both_recovered_pct"])) <= 100
     figures = set(rows[0]) - {"policy", "emulated", "copies_beside"}
     assert all(name.startswith("emulated_") for name in figures)
     assert all(row["emulated"] is True for row in rows)
