@@ -1,6 +1,6 @@
 """The GPU benches from main() to the file they write, with a GPU that is made up.
 
-What only a GPU does (its clock, its copies, its spinning kernel) is replaced, and experts are small.
+What only a GPU does (its clock, its copies, its spinning kernel) is replaced; experts are small.
 The figures mean nothing: that tables and rows come out is what is tested.
 """
 
