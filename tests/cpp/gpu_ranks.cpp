@@ -32,6 +32,37 @@ void run_boxed(void* boxed) {
 
 }  // namespace
 
+std::string joined(const std::vector<std::string>& errors) {
+  std::string text;
+  for (const std::string& error : errors) text += error.empty() ? "" : error + "\n";
+  return text;
+}
+
+GpuRanks::Config ranks_of(int num_ranks, DriverMood mood) {
+  GpuRanks::Config config;
+  config.num_ranks = num_ranks;
+  config.mood = std::move(mood);
+  return config;
+}
+
+DriverMood late(int64_t jitter_us) {
+  DriverMood mood;
+  mood.jitter_us = jitter_us;
+  return mood;
+}
+
+DriverMood one_queue(int64_t jitter_us) {
+  DriverMood mood = late(jitter_us);
+  mood.one_queue = true;
+  return mood;
+}
+
+DriverMood one_lock(int64_t jitter_us) {
+  DriverMood mood = late(jitter_us);
+  mood.one_lock = true;
+  return mood;
+}
+
 GpuRanks::GpuRanks(Config config)
     : config_(std::move(config)),
       driver_(linked_driver(config_.num_ranks)),

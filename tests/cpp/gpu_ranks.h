@@ -39,6 +39,13 @@ struct DriverMood {
   int64_t held_ms = 0;
 };
 
+DriverMood late(int64_t jitter_us);
+DriverMood one_queue(int64_t jitter_us = 0);
+DriverMood one_lock(int64_t jitter_us = 0);
+
+// What the ranks of a run threw, a line each.
+std::string joined(const std::vector<std::string>& errors);
+
 class GpuRanks {
  public:
   struct Config {
@@ -74,5 +81,7 @@ class GpuRanks {
   std::vector<std::shared_ptr<feplb::cuda::DeviceContext>> contexts_;
   std::vector<std::vector<std::uintptr_t>> streams_;
 };
+
+GpuRanks::Config ranks_of(int num_ranks, DriverMood mood = {});
 
 }  // namespace feplb_test
