@@ -46,8 +46,8 @@ TIMEOUT_S = 120  # of a collective: a rank that is gone or stuck ends the others
 NUM_ROUTINGS = 4
 CHECKED = ("output", "grad of tokens", "grad of w1", "grad of w2", "grad of the router")
 NO_GPU_LANE = (
-    "This version of feplb has no GPU lane, so it cannot run on this machine's GPUs; --cpu runs "
-    "the same ranks on the CPU (host lane), which shows that it runs and not how fast a GPU is."
+    "This bench runs the host lane only so far; --cpu runs it on this machine's CPUs, which shows "
+    "that it runs and not how fast a GPU is. What is measured on GPUs: bench/gpu.sh."
 )
 
 

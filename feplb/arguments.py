@@ -57,8 +57,8 @@ def check_rows(
         _check_tensor(f"row_data[{i}]", data, (sum(counts), *want.shape), want.dtype, device)
 
 
-def _lane_name(device: torch.device) -> str:
-    return "host" if device.type == "cpu" else "ce"
+def _lanes_of(device: torch.device) -> str:
+    return "the host lane" if device.type == "cpu" else "a lane of GPUs"
 
 
 def _check_tensor(
@@ -66,7 +66,7 @@ def _check_tensor(
 ) -> None:
     if tensor.device != device:
         raise ValueError(
-            f"{name} are on {tensor.device}, expected {device} for the {_lane_name(device)} lane"
+            f"{name} are on {tensor.device}, expected {device} for {_lanes_of(device)}"
         )
     if tensor.dtype != dtype:
         raise ValueError(f"{name} have dtype {tensor.dtype}, expected {dtype} as in the LayerSpec")

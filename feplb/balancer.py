@@ -116,7 +116,7 @@ class Balancer:
         memory: what this rank reserves.
         device: where rows, weights and gradients must be: the CPU (host lane) or a GPU (ce, cupy).
         domain: the calls under way; for feplb itself.
-    Thread/stream: collective over ``group``, blocks. Starts three threads per rank.
+    Thread/stream: collective over ``group``, blocks. Starts up to three threads per rank.
     """
 
     def __init__(

@@ -139,7 +139,7 @@ class CupyDevice:
         if is_captured or status != 0:  # no code: CuPy found a capture that has failed
             raise RuntimeError(
                 "feplb was called while its stream is captured into a CUDA graph. A balanced layer "
-                "plans on the host in every call and cannot be captured. Nothing was sent. Leave "
+                "plans on the host in every call and cannot be captured. No row has moved. Leave "
                 "the MoE layer out of the graph."
             )
         compute = self._streams[_COMPUTE]

@@ -26,7 +26,7 @@ def test_gpus_are_refused_in_one_sentence_unless_cpu_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(SystemExit, match="This version of feplb has no GPU lane"):
+    with pytest.raises(SystemExit, match="This bench runs the host lane only so far"):
         node_layer.choose_device(Namespace(cpu=False))
     assert node_layer.choose_device(Namespace(cpu=True)).type == "cpu"
 

@@ -98,6 +98,7 @@ class CudaDevice final : public feplb::Device {
   const Driver& driver() const { return *driver_; }
   Context context_of(Address address) const;
   void make_stream(StreamState& state);
+  void reach(const DeviceContext& peer);
   Address address_of(const Flag* flag) const { return board_->at(flag); }
   void write_words(StreamState& state, const std::vector<std::pair<Address, uint32_t>>& words);
   void copy_chunks(StreamState& state);
@@ -133,6 +134,7 @@ CudaDevice::CudaDevice(std::shared_ptr<DeviceContext> context, std::byte* board,
   if (options_.copies == CopyCall::kPeer) {
     for (const PeerArena& peer : options_.peers) {
       peers_.push_back(std::make_unique<DeviceContext>(driver_, peer.ordinal));
+      reach(*peers_.back());
     }
   }
   const CurrentContext current(*context_);
@@ -149,6 +151,16 @@ CudaDevice::CudaDevice(std::shared_ptr<DeviceContext> context, std::byte* board,
       event = Handle<EventTraits>(made);
     }
     if (static_cast<StreamKind>(i) != StreamKind::kCompute) make_stream(state);
+  }
+}
+
+// Without it the driver would stage peer copies through the host, and say nothing.
+void CudaDevice::reach(const DeviceContext& peer) {
+  if (peer.ordinal() == context_->ordinal()) return;
+  const CurrentContext current(*context_);
+  const Result result = driver().enable_peer_access(peer.handle(), 0);
+  if (result != kPeerAccessAlreadyEnabled) {
+    driver().check(result, cat("reaching GPU ", peer.ordinal(), " from GPU ", context_->ordinal()));
   }
 }
 
@@ -170,7 +182,7 @@ void CudaDevice::bind_compute(std::uintptr_t stream) {
   if (asked == kCaptureImplicit || status != 0) {
     throw Error(
         "feplb was called while its stream is captured into a CUDA graph. A balanced layer plans "
-        "on the host in every call and cannot be captured. Nothing was sent. Leave the MoE layer "
+        "on the host in every call and cannot be captured. No row has moved. Leave the MoE layer "
         "out of the graph.");
   }
   driver().check(asked, "asking whether the compute stream is captured");
