@@ -198,7 +198,8 @@ class CopyEngineLane:
         said = peers.together(own_uuid)
         visible = said[peers.rank][1]
         of_ranks = [said[rank][0] for rank in domain.group_ranks]
-        peers.together(lambda: check_nvlink(of_ranks, domain.global_ranks))
+        if not self.core.is_stand_in:  # it has no NVML beside it
+            peers.together(lambda: check_nvlink(of_ranks, domain.global_ranks))
         if all(uuid in visible for uuid in of_ranks):
             self.core.set_peer_ordinals([visible.index(uuid) for uuid in of_ranks])
 
