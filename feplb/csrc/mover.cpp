@@ -130,7 +130,7 @@ void Mover::submit_now() {
     while (!failure_.poisoned() && try_submit()) {
     }
   } catch (const std::exception& error) {
-    failure_.poison(cat("submitting copies failed: ", error.what()));
+    fail("handing copies to the driver failed", error.what());
   }
   wake();
 }
@@ -188,14 +188,18 @@ bool Mover::step() {
   try {
     return try_step();
   } catch (const std::exception& error) {
-    std::string call;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      call = describe(header_);
-    }
-    failure_.poison(cat("the mover failed in the ", call, ": ", error.what()));
+    fail("the mover failed", error.what());
     return false;
   }
+}
+
+void Mover::fail(const char* what, const char* why) {
+  std::string call;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    call = describe(header_);
+  }
+  failure_.poison(cat(what, " in the ", call, ": ", why));
 }
 
 bool Mover::try_step() {

@@ -95,6 +95,7 @@ class Mover {
   };
 
   bool try_step();
+  void fail(const char* what, const char* why);  // poisons, naming the call under way
   bool try_plan();
   void choose_moves();
   bool check_headers(const std::vector<CallHeader>& headers);
