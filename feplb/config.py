@@ -210,8 +210,8 @@ class BalancerConfig:
         grain_rows: ``split`` sends multiples of this; None: 16, since the host lane's GEMMs have no
             tiles worth more.
         split_experts: False keeps ``auto`` to whole experts, and so to the bits of ``none``.
-        search_steps: steps of ``refine``'s search; None: about 22 us for 8 ranks x 128 experts, 400
-            take about 51 us and leave a fifth less.
+        search_steps: steps of ``refine``'s search; None: about 20 us for 8 ranks x 128 experts, 400
+            take about 70 us and leave a fifth less.
         deadline_s: longest any wait may last, in seconds; below NCCL's and DeepEP's 100 s.
         lane: how bytes travel; ``"host"`` (CPU tensors, shared memory), ``"ce"`` (CUDA tensors,
             copy engines), ``"cupy"`` (as ce, submitted from Python over CuPy and cuda-python on the

@@ -66,8 +66,8 @@ class PlanLimits:
         target_ppm: max / mean to be reached, in millionths, with as few copies as that takes
             (refine, split); below 1,000,000: the least there is.
         grain_rows: split sends multiples of this, or all rows that an expert has.
-        search_steps: most steps of refine's search; 0: what takes about 22 us for 8 ranks x 128
-            experts. 400 take about 51 us and leave a fifth less.
+        search_steps: most steps of refine's search; 0: what takes about 20 us for 8 ranks x 128
+            experts. 400 take about 70 us and leave a fifth less.
     Raises:
         ValueError: a value is negative, too large for the core, or not an integer.
     """
