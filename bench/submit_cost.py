@@ -159,7 +159,7 @@ def run_rank(rank: int, job: Job, published: Any, go: Any) -> None:
             go[rank].acquire()
             balancer.run_experts(rows[: sum(own)], own, weights, SwiGLU(), layer=0, ticket=ticket)
         if measured is not None:
-            np.save(folder / "samples.npy", np.asarray(measured.samples))
+            np.save(folder / "samples.npy", np.asarray(measured.samples).reshape(-1, 4))
     dist.destroy_process_group()
 
 
@@ -234,7 +234,9 @@ def measure(policy: str, samples: int, stand_in: str | None, call_ns: int) -> np
 
 
 def rows_of(policy: str, samples: np.ndarray, with_calls: bool) -> Row:
-    """One line: medians and p99 in us."""
+    """One line: medians and p99 in us; without figures where the policy moved nothing."""
+    if not len(samples):
+        return {"policy": policy, "calls": 0}
     counts_us, plan_us, posted_us = (samples[:, i] / 1000 for i in range(3))
     return {
         "policy": policy,
