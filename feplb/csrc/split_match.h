@@ -31,7 +31,7 @@ struct SplitPiece {
 
 struct MatchScratch {
   static constexpr int kMaxEnumerated = 10;  // ranks whose subsets are all looked at
-  static constexpr int kMaxOrders = 64;      // of few ranks, tried for one plan
+  static constexpr int kMaxOrders = 16;      // of few ranks, tried for one plan
 
   int orders_left = 0;  // of these
 
