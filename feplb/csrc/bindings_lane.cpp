@@ -16,11 +16,11 @@
 #include "bindings.h"
 #include "error.h"
 #include "lane_door.h"
+#include "stream_marker.h"
 
 namespace feplb {
 namespace {
 
-constexpr std::size_t kPageBytes = 4096;
 // Streams ring no bell.
 constexpr std::chrono::microseconds kLongestNap{50};
 
@@ -64,13 +64,9 @@ class PythonDevice final : public Device {
   Result call(const char* method, const Arguments&... arguments);
   bool has_mover();
   bool step_mover();
-  Flag* marker() const { return reinterpret_cast<Flag*>(page_.get()); }
 
   py::object lane_;
-  // Of this process alone, pinned by the lane: where the compute stream says how far it is.
-  std::unique_ptr<std::byte, void (*)(void*)> page_;
-  // Waits enqueued on the compute stream; its marker has passed them once it is as large.
-  std::atomic<uint32_t> waits_{0};
+  StreamMarker marker_;
   Crew crew_;
   bool is_stepping_ = false;
   bool stopped_ = false;
@@ -78,12 +74,9 @@ class PythonDevice final : public Device {
 };
 
 PythonDevice::PythonDevice(py::object lane, const SharedMemory& board)
-    : lane_(std::move(lane)),
-      page_(static_cast<std::byte*>(std::aligned_alloc(kPageBytes, kPageBytes)), &std::free),
-      pid_(getpid()) {
-  FEPLB_CHECK(page_ != nullptr, "out of memory");
-  std::memset(page_.get(), 0, kPageBytes);
-  lane_.attr("start")(address_of(board.data()), board.bytes(), address_of(page_.get()), kPageBytes);
+    : lane_(std::move(lane)), pid_(getpid()) {
+  lane_.attr("start")(address_of(board.data()), board.bytes(), address_of(marker_.data()),
+                      StreamMarker::kBytes);
 }
 
 PythonDevice::~PythonDevice() {
@@ -137,7 +130,7 @@ void PythonDevice::after_event(StreamKind stream, Event event) {
 
 WaitResult PythonDevice::wait_flag(const Flag* flag, Epoch epoch, const WaitLimits& /*limits*/) {
   step_mover();
-  waits_.fetch_add(1);  // before it lies in the stream: the watchdog lifts what may lie there
+  marker_.note_wait();
   call("wait_flag", address_of(flag), epoch);
   return WaitResult::kEnqueued;
 }
@@ -167,20 +160,18 @@ void PythonDevice::write_flags(StreamKind stream, const std::vector<Flag*>& flag
   }
   if (stream == StreamKind::kCompute) {
     step_mover();
-    addresses.push_back(address_of(marker()));
-    values.push_back(waits_.load());
+    addresses.push_back(address_of(marker_.word()));
+    values.push_back(marker_.num_waits());
   }
   call("write_flags", static_cast<int>(stream), addresses, values);
 }
 
 void PythonDevice::mark_compute() {
-  call("write_flags", static_cast<int>(StreamKind::kCompute), Words{address_of(marker())},
-       Words{waits_.load()});
+  call("write_flags", static_cast<int>(StreamKind::kCompute), Words{address_of(marker_.word())},
+       Words{marker_.num_waits()});
 }
 
-bool PythonDevice::compute_drained() {
-  return epoch_reached(marker()->epoch.load(std::memory_order_acquire), waits_.load());
-}
+bool PythonDevice::compute_drained() { return marker_.is_past_all_waits(); }
 
 void PythonDevice::put(std::byte* dst, const std::byte* src, std::size_t bytes) {
   call("put", address_of(dst), address_of(src), bytes);
@@ -222,7 +213,7 @@ void PythonDevice::stop() noexcept {
     } catch (const std::exception&) {
     }
   }
-  static_cast<void>(page_.release());
+  marker_.abandon();
 }
 
 // Memory that Python found; `owner` gives it back when nobody holds it any more.

@@ -8,6 +8,7 @@
 #include <cstring>
 
 #include "error.h"
+#include "stream_marker.h"
 
 namespace feplb::cuda {
 namespace {
@@ -56,17 +57,6 @@ struct StreamState {
   Address word = 0;  // of the GPU's memory, for flags that are copied
 };
 
-// A page of host memory of this process alone, pinned: where the compute stream says how far it is.
-struct OwnPage {
-  OwnPage() : memory(static_cast<std::byte*>(std::aligned_alloc(kBytes, kBytes)), &std::free) {
-    FEPLB_CHECK(memory != nullptr, "out of memory");
-    std::memset(memory.get(), 0, kBytes);
-  }
-  static constexpr std::size_t kBytes = 4096;
-  std::unique_ptr<std::byte, void (*)(void*)> memory;
-  Flag* marker() { return reinterpret_cast<Flag*>(memory.get()); }
-};
-
 class CudaDevice final : public feplb::Device {
  public:
   CudaDevice(std::shared_ptr<DeviceContext> context, std::byte* board, std::size_t board_bytes,
@@ -109,13 +99,11 @@ class CudaDevice final : public feplb::Device {
   std::shared_ptr<const Driver> driver_;
   LaneOptions options_;
   std::unique_ptr<PinnedMemory> board_;
-  OwnPage page_;
+  StreamMarker marker_;
   std::unique_ptr<PinnedMemory> own_;
   std::vector<std::unique_ptr<DeviceContext>> peers_;  // as options_.peers
   Handle<WordsTraits> words_;                          // one for each stream
   std::array<StreamState, kNumStreams> streams_;
-  // Waits enqueued on the compute stream; its marker has passed them once it is as large.
-  std::atomic<uint32_t> waits_{0};
   // Of the batch under way; the mover's alone.
   std::vector<Address> destinations_, sources_;
   std::vector<std::size_t> sizes_;
@@ -129,7 +117,7 @@ CudaDevice::CudaDevice(std::shared_ptr<DeviceContext> context, std::byte* board,
       driver_(context_->shared_driver()),
       options_(std::move(options)),
       board_(std::make_unique<PinnedMemory>(context_, board, board_bytes)),
-      own_(std::make_unique<PinnedMemory>(context_, page_.memory.get(), OwnPage::kBytes)),
+      own_(std::make_unique<PinnedMemory>(context_, marker_.data(), StreamMarker::kBytes)),
       pid_(getpid()) {
   if (options_.copies == CopyCall::kPeer) {
     for (const PeerArena& peer : options_.peers) {
@@ -222,7 +210,7 @@ void CudaDevice::after_event(StreamKind kind, Event event) {
 
 WaitResult CudaDevice::wait_flag(const Flag* flag, Epoch epoch, const WaitLimits& /*limits*/) {
   const CurrentContext current(*context_);
-  waits_.fetch_add(1);  // before it lies in the stream: the watchdog lifts what may lie there
+  marker_.note_wait();
   driver().check(driver().stream_wait_value(at(StreamKind::kCompute).stream, address_of(flag),
                                             epoch, kWaitAtLeast),
                  "enqueueing the wait for a flag");
@@ -285,7 +273,8 @@ void CudaDevice::write_flag(StreamKind kind, Flag* flag, Epoch epoch) {
 void CudaDevice::write_flags(StreamKind kind, const std::vector<Flag*>& flags, Epoch epoch) {
   std::vector<std::pair<Address, uint32_t>> words;
   for (const Flag* flag : flags) words.emplace_back(address_of(flag), epoch);
-  if (kind == StreamKind::kCompute) words.emplace_back(own_->at(page_.marker()), waits_.load());
+  if (kind == StreamKind::kCompute)
+    words.emplace_back(own_->at(marker_.word()), marker_.num_waits());
   const CurrentContext current(*context_);
   write_words(at(kind), words);
 }
@@ -322,13 +311,11 @@ void CudaDevice::write_words(StreamState& state,
 
 void CudaDevice::mark_compute() {
   const CurrentContext current(*context_);
-  write_words(at(StreamKind::kCompute), {{own_->at(page_.marker()), waits_.load()}});
+  write_words(at(StreamKind::kCompute), {{own_->at(marker_.word()), marker_.num_waits()}});
 }
 
 // Plain memory only: a driver call might queue behind the very wait that is to be lifted.
-bool CudaDevice::compute_drained() {
-  return epoch_reached(page_.marker()->epoch.load(std::memory_order_acquire), waits_.load());
-}
+bool CudaDevice::compute_drained() { return marker_.is_past_all_waits(); }
 
 void CudaDevice::put(std::byte* dst, const std::byte* src, std::size_t bytes) {
   const CurrentContext current(*context_);
@@ -375,7 +362,7 @@ void CudaDevice::give_back() {
 void CudaDevice::abandon() noexcept {
   static_cast<void>(board_.release());
   static_cast<void>(own_.release());
-  static_cast<void>(page_.memory.release());
+  marker_.abandon();
   words_.release();
   for (StreamState& state : streams_) {
     state.own.release();
