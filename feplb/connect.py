@@ -55,6 +55,37 @@ def _compare(identities: Sequence[dict[str, str]], global_ranks: Sequence[int]) 
                 )
 
 
+class _Segments:
+    """Shared memory of one domain, under its name: "board", and the arenas as "0", "1", ..."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._created: dict[str, Any] = {}
+
+    def create(self, part: str, size: int) -> None:
+        """Reserve a part; ``open`` gives it out."""
+        from . import _core
+
+        self._created[part] = _core.SharedMemory.create(f"{self.name}-{part}", size)
+
+    def open(self, part: str, size: int) -> Any:
+        """A part that this rank or another has created."""
+        from . import _core
+
+        return self._created.get(part) or _core.SharedMemory.open(f"{self.name}-{part}", size)
+
+    def remove(self, num_ranks: int) -> None:
+        """No name stays, and nothing is held here: the Domain keeps what it needs.
+
+        All names, and not this rank's alone: one that was killed cannot remove its own.
+        """
+        from . import _core
+
+        for part in ("board", *range(num_ranks)):
+            _core.SharedMemory.remove(f"{self.name}-{part}")
+        self._created.clear()
+
+
 def connect(
     peers: Peers, domain: DomainRanks, own: dict[str, str], environment: Environment,
     config: BalancerConfig, reservation: Reservation,
@@ -78,21 +109,14 @@ def connect(
     pids = [said[rank][1] for rank in domain.group_ranks]
     # Named with job, restart count, group and pid, and unlinked before anything runs.
     job = f"{environment.job_id}-{environment.restart_count}"
-    name = f"/feplb-{job}-{said[domain.group_ranks[0]][2]}-{pids[0]}"
+    segments = _Segments(f"/feplb-{job}-{said[domain.group_ranks[0]][2]}-{pids[0]}")
     arena_bytes = max(reservation.memory.arena_bytes, _LEAST_ARENA_BYTES)
     board_bytes = reservation.memory.board_bytes
-    created: dict[str, Any] = {}
-
-    def create_segment(part: str, size: int) -> None:
-        created[part] = _core.SharedMemory.create(f"{name}-{part}", size)
 
     def create() -> None:
-        lane.reserve(create_segment, domain.rank, arena_bytes)
+        lane.reserve(segments.create, domain.rank, arena_bytes)
         if domain.rank == 0:
-            create_segment("board", board_bytes)
-
-    def segment(part: str, size: int) -> Any:
-        return created.get(part) or _core.SharedMemory.open(f"{name}-{part}", size)
+            segments.create("board", board_bytes)
 
     def build() -> Any:
         return _core.Domain(
@@ -104,24 +128,21 @@ def connect(
             num_grad_slots=reservation.num_grad_slots,
             pids=pids,
             global_ranks=list(domain.global_ranks),
-            board=segment("board", board_bytes),
-            arenas=lane.arenas(segment, domain, arena_bytes),
+            board=segments.open("board", board_bytes),
+            arenas=lane.arenas(segments.open, domain, arena_bytes),
             lane=lane.core,
         )
 
     domains: list[Any] = []
     try:
         peers.together(create)
-        lane.share(peers, domain, name, arena_bytes, config.deadline_s)
+        lane.share(peers, domain, segments.name, arena_bytes, config.deadline_s)
         peers.together(lambda: domains.append(build()))
     except BaseException:
         domains.clear()  # the traceback keeps this frame, and must not keep mappings
         raise
     finally:
-        # All names, and not this rank's alone: one that was killed cannot remove its own.
-        for part in ("board", *range(domain.num_ranks)):
-            _core.SharedMemory.remove(f"{name}-{part}")
-        created.clear()  # the Domain keeps what it needs
+        segments.remove(domain.num_ranks)
     canary = min(lane.canary_bytes, arena_bytes // domain.num_ranks // 64 * 64)
     rates = peers.together(lambda: float(domains[0].prove_lane(canary)))
     gbps = min(rates[rank] for rank in domain.group_ranks)
