@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 from copy_ways import CopyWay, Direction, LaneCopy, Pieces, TorchCopy, directions
-from gpu_timing import DeviceClock, Work, gpu_facts, has_gpu, nothing_measured
-from report import Cell, Report, Row, arguments, iqr, median
+from gpu_timing import DeviceClock, Work, gpu_facts, has_gpu, main_of
+from report import Cell, Report, Row, iqr, median
 
 BUFFER_BYTES = 256 << 20  # copies in a row walk through it, so that no cache holds what they read
 MIB = (1, 4, 16, 64, 128)
@@ -199,12 +199,8 @@ def run(options: Namespace, report: Report) -> list[Row]:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    options = arguments(str(__doc__).splitlines()[0]).parse_args(given)
     report = Report(bench="copy_overlap", lane="ce")
-    if not has_gpu():
-        return nothing_measured(report, options)
-    report.write(options.json, run(options, report))
-    return 0
+    return main_of(__doc__, given, report, has_gpu=has_gpu(), run=run)
 
 
 if __name__ == "__main__":

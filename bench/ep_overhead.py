@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from copy_overlap import BUFFER_BYTES, count_lasting, in_a_row, timed
 from copy_ways import CopyWay, Direction, LaneCopy
-from gpu_timing import DeviceClock, Work, gpu_facts, has_gpu, nothing_measured
-from report import Report, Row, arguments, iqr, median
+from gpu_timing import DeviceClock, Work, gpu_facts, has_gpu, main_of
+from report import Report, Row, iqr, median
 from torch import Tensor
 
 from feplb.scheduler.machines import GLM5
@@ -298,12 +298,8 @@ def run(options: Namespace, report: Report) -> list[Row]:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    options = arguments(str(__doc__).splitlines()[0]).parse_args(given)
     report = Report(bench="ep_overhead", lane="ce")
-    if not has_gpu():
-        return nothing_measured(report, options)
-    report.write(options.json, run(options, report))
-    return 0
+    return main_of(__doc__, given, report, has_gpu=has_gpu(), run=run)
 
 
 if __name__ == "__main__":

@@ -29,11 +29,11 @@ from gpu_timing import (
     gpu_facts,
     has_gpu,
     machine_of,
-    nothing_measured,
+    main_of,
     times_in_turn,
 )
 from layer_arms import pieces_under, scaled
-from report import Report, Row, arguments, iqr, median
+from report import Report, Row, iqr, median
 from torch import Tensor
 
 from feplb.compute import Segment
@@ -276,12 +276,8 @@ def run(options: Namespace, report: Report) -> list[Row]:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    options = arguments(str(__doc__).splitlines()[0]).parse_args(given)
     report = Report(bench="gemm_straggler", lane="none")
-    if not has_gpu():
-        return nothing_measured(report, options)
-    report.write(options.json, run(options, report))
-    return 0
+    return main_of(__doc__, given, report, has_gpu=has_gpu(), run=run)
 
 
 if __name__ == "__main__":

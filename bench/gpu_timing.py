@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from report import Cell, Report
+from report import Cell, Report, Row, arguments
 
-from feplb.scheduler.machines import MACHINES, Machine
+from feplb.scheduler.machines import MACHINES, Machine, preset_of
 
 Work = Callable[[], object]
 
@@ -21,6 +21,18 @@ FLUSHED_BYTES = 256 << 20  # four times the L2 cache of an H200
 
 def has_gpu() -> bool:
     return torch.cuda.is_available()
+
+
+def main_of(
+    description: str | None, given: Sequence[str] | None, report: Report, *, has_gpu: bool,
+    run: Callable[[argparse.Namespace, Report], list[Row]],
+) -> int:  # fmt: skip
+    """The main of a bench that has no options of its own; its exit status."""
+    options = arguments(str(description).splitlines()[0]).parse_args(given)
+    if not has_gpu:
+        return nothing_measured(report, options)
+    report.write(options.json, run(options, report))
+    return 0
 
 
 def nothing_measured(report: Report, options: argparse.Namespace) -> int:
@@ -45,8 +57,7 @@ def gpu_facts() -> dict[str, Cell]:
 
 def machine_of(gpu_name: str) -> tuple[str, Machine]:
     """The preset whose name the GPU's contains, h100 where none does; with its name."""
-    found = [name for name in MACHINES if name in gpu_name.lower()]
-    name = found[0] if found else "h100"
+    name = preset_of(gpu_name) or "h100"
     return name, MACHINES[name]
 
 

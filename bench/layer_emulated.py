@@ -23,9 +23,9 @@ import numpy as np
 import torch
 from emulation import Copies, rank_work, recovered_pct
 from gemm_straggler import ARMS, CEILING, level_counts, plans_of
-from gpu_timing import HEAD_START_CYCLES, gpu_facts, has_gpu, machine_of, nothing_measured
+from gpu_timing import HEAD_START_CYCLES, gpu_facts, has_gpu, machine_of, main_of
 from rank_runner import CallClock, RankBuffers, RankRunner, Size
-from report import Report, Row, arguments, iqr, median
+from report import Report, Row, iqr, median
 
 from feplb.compute import ExpertCompute
 from feplb.scheduler.cost_model import UnitCosts
@@ -244,12 +244,8 @@ def run(options: Namespace, report: Report) -> list[Row]:
 
 
 def main(given: Sequence[str] | None = None) -> int:
-    options = arguments(str(__doc__).splitlines()[0]).parse_args(given)
     report = Report(bench="layer_emulated", lane="none")
-    if not has_gpu():
-        return nothing_measured(report, options)
-    report.write(options.json, run(options, report))
-    return 0
+    return main_of(__doc__, given, report, has_gpu=has_gpu(), run=run)
 
 
 if __name__ == "__main__":

@@ -71,13 +71,10 @@ class DriverLog:
 
 def calls_until_last_copy(log: list[Submission], posted_ns: int, accepted_ns: int) -> int:
     """Driver calls of the thread that submitted the last copy, from the hand-over to that copy."""
-    slack_ns = 100_000  # the driver looks at its clock before the mover does
     copies = [
         s
         for s in log
-        if posted_ns <= s.end_ns <= accepted_ns + slack_ns
-        and s.symbol.decode() in _SUBMITS_COPIES
-        and s.end_ns <= accepted_ns
+        if posted_ns <= s.end_ns <= accepted_ns and s.symbol.decode() in _SUBMITS_COPIES
     ]
     last = copies[-1]
     return sum(s.thread == last.thread and posted_ns <= s.end_ns <= last.end_ns for s in log)

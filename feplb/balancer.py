@@ -24,13 +24,11 @@ from .call import CallBits, CallRecord, WeightLayout, flatten_weights
 from .compute import ExpertCompute
 from .config import BalancerConfig, Environment, LayerSpec, check_queues, read_environment
 from .connect import Reservation, connect, identity, open_together
-from .costs import predicted_costs
 from .domain_calls import DomainCalls
-from .gpu_costs import gpu_costs
-from .lanes import ProvenLane, gpu_of, lane_name
+from .gpu_costs import layer_costs
+from .lanes import gpu_of, lane_name
 from .memory import MemoryReport, memory_report
 from .peers import Peers, find_domain
-from .scheduler.cost_model import UnitCosts
 from .scheduler.plan import Plan
 from .two_phase import ForwardCall
 
@@ -72,12 +70,6 @@ def _read_and_check(config: BalancerConfig, layers: Sequence[LayerSpec]) -> Envi
     if lane_name(config, environment) != "host":
         check_queues(environment, config)
     return environment
-
-
-def _costs(config: BalancerConfig, spec: LayerSpec, lane: ProvenLane) -> UnitCosts:
-    if lane.machine is None:
-        return predicted_costs(config, spec, lane.gbps)
-    return gpu_costs(config, spec, lane.gbps, lane.machine)
 
 
 def _outside_graphs(method: Callable[P, R]) -> Callable[P, R]:
@@ -144,7 +136,8 @@ class Balancer:
         own = identity(config, self.policy, self.layers, gpu_of(config, environment))
         core, lane = connect(peers, ranks, own, environment, config, reservation)
         for layer, spec in enumerate(self.layers):
-            core.set_costs(layer, asdict(_costs(config, spec, lane)))
+            costs = layer_costs(config, spec, lane.gbps, lane.machine)
+            core.set_costs(layer, asdict(costs))
         open_together(peers, core)
         self.device = lane.device
         self._anchor = torch.empty(0, device=lane.device, requires_grad=True)

@@ -28,8 +28,8 @@ from .call import (
     rows_on_the_way_back,
 )
 from .config import BalancerConfig, LayerSpec
-from .costs import gemm_gflops, lane_gbps
-from .gpu_costs import gpu_gemm_gflops
+from .costs import lane_gbps
+from .gpu_costs import rank_gflops
 from .lanes import ProvenLane
 from .peers import DomainRanks
 from .scheduler.plan import hash_integers
@@ -93,9 +93,7 @@ class DomainCalls:
         self._config = config
         self._rank = ranks.rank
         self.lane_gbps = lane_gbps(config, lane.gbps)
-        self._gemm_gflops = (
-            gemm_gflops(config) if lane.machine is None else gpu_gemm_gflops(config, lane.machine)
-        )
+        self._gemm_gflops = rank_gflops(config, lane.machine)
         self._device = lane.device
         self._views: ArenaViews | None = ArenaViews(core, layers, lane.device)
         self._caller = threading.Lock()

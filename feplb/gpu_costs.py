@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 
 from .config import BalancerConfig, LayerSpec
-from .costs import lane_gbps
+from .costs import gemm_gflops, lane_gbps, predicted_costs
 from .scheduler.cost_model import UnitCosts, picoseconds
-from .scheduler.machines import MACHINES, Machine
+from .scheduler.machines import MACHINES, Machine, preset_of
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +19,10 @@ _UNKNOWN_IS = "h100"
 
 
 def machine_of(gpu_name: str) -> Machine:
-    """The preset for a GPU as the driver names it: "NVIDIA H200" -> h200. Unknown: h100, told."""
-    for name, machine in MACHINES.items():
-        if name in gpu_name.lower():
-            return machine
+    """The preset for a GPU as the driver names it; h100 where there is none, with a warning."""
+    name = preset_of(gpu_name)
+    if name is not None:
+        return MACHINES[name]
     logger.warning(
         "no preset for %s: its rates are taken to be those of an %s. Set gemm_gflops in the "
         "BalancerConfig.",
@@ -31,9 +31,20 @@ def machine_of(gpu_name: str) -> Machine:
     return MACHINES[_UNKNOWN_IS]
 
 
-def gpu_gemm_gflops(config: BalancerConfig, machine: Machine) -> float:
-    """A rank's expert GEMM rate, 10^9 operations per second."""
+def rank_gflops(config: BalancerConfig, machine: Machine | None) -> float:
+    """A rank's expert GEMM rate, 10^9 operations per second; machine None: on its CPU threads."""
+    if machine is None:
+        return gemm_gflops(config)
     return config.gemm_gflops or machine.gemm_tflops * 1e3
+
+
+def layer_costs(
+    config: BalancerConfig, spec: LayerSpec, measured_gbps: float, machine: Machine | None
+) -> UnitCosts:
+    """Costs of one layer where its rows live; machine None: on the CPU."""
+    if machine is None:
+        return predicted_costs(config, spec, measured_gbps)
+    return gpu_costs(config, spec, measured_gbps, machine)
 
 
 def gpu_costs(
@@ -45,7 +56,7 @@ def gpu_costs(
     dispatch ``max_rows`` rows.
     """
     rate = lane_gbps(config, measured_gbps)
-    row = picoseconds(spec.flops_per_row, gpu_gemm_gflops(config, machine))
+    row = picoseconds(spec.flops_per_row, rank_gflops(config, machine))
     row_bytes = spec.row_bytes + sum(data.num_bytes for data in spec.row_data)
     push = picoseconds(spec.expert_bytes, rate)
     return UnitCosts(

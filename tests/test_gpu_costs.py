@@ -9,7 +9,7 @@ import torch
 
 from feplb import BalancerConfig, LayerSpec
 from feplb.config import TensorSpec
-from feplb.gpu_costs import gpu_costs, gpu_gemm_gflops, machine_of
+from feplb.gpu_costs import gpu_costs, machine_of, rank_gflops
 from feplb.scheduler.machines import GLM5, MACHINES, unit_costs
 
 BF16 = torch.bfloat16
@@ -49,8 +49,8 @@ def test_measured_and_configured_rates_go_in() -> None:
     fast = gpu_costs(BalancerConfig(), glm5_layer(), 380.0, machine)
     assert abs(slow.weight_push - 2 * fast.weight_push) <= 2
     assert slow.weight_read == fast.weight_read
-    assert gpu_gemm_gflops(BalancerConfig(), machine) == 453_000
-    assert gpu_gemm_gflops(BalancerConfig(gemm_gflops=7.0), machine) == 7.0
+    assert rank_gflops(BalancerConfig(), machine) == 453_000
+    assert rank_gflops(BalancerConfig(gemm_gflops=7.0), machine) == 7.0
 
 
 def test_side_data_is_pushed_and_its_grads_return() -> None:

@@ -103,6 +103,14 @@ MACHINES = {
 }  # fmt: skip
 
 
+def preset_of(gpu_name: str) -> str | None:
+    """The name in ``MACHINES`` that a GPU's, as the driver has it, contains: "NVIDIA H200" -> h200.
+
+    None: there is no preset.
+    """
+    return next((name for name in MACHINES if name in gpu_name.lower()), None)
+
+
 def unit_costs(machine: Machine, expert: ExpertShape, *, rows_per_rank: float = 0) -> UnitCosts:
     """What the cost model needs.
 
