@@ -58,6 +58,12 @@ def rounding(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps / (1 if cut_off else 2)
 
 
+def subnormal_step(dtype: torch.dtype) -> float:
+    """Largest error of one rounding of what is too small for ``rounding`` to hold (fp16: 2^-24)."""
+    info = torch.finfo(dtype)
+    return info.smallest_normal * info.eps
+
+
 @st.composite
 def segment_lists(
     draw: st.DrawFn, num_weights: int = 3, most_rows: int = MOST_ROWS
