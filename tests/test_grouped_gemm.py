@@ -20,9 +20,9 @@ from kernel_cases import (
     num_rows_of,
     on_each_device,
     rounding,
-    subnormal_step,
     same_bits,
     segment_lists,
+    subnormal_step,
     tiles_for,
 )
 from torch import Tensor
