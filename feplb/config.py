@@ -6,8 +6,9 @@ equal on every rank: construction compares them and names the ranks that differ.
 Environment (read once, by ``read_environment``): ``FEPLB_LOG`` a logging level for the ``feplb``
 logger; ``FEPLB_LANE`` the lane where the config says ``lane="auto"``; ``FEPLB_OFF=1`` turns every
 policy into ``none``; ``FEPLB_DOMAIN`` names the domain of this rank where its host's name would not
-do (containers that share a host but no memory); ``FEPLB_LIBCUDA`` the driver's library where it is
-not ``libcuda.so.1``. Any other ``FEPLB_*`` variable is an error: a
+do (containers that share a host but no memory; hosts that one NVLink fabric joins);
+``FEPLB_HOST_ADDRESS`` the address under which ranks on other hosts reach this one; ``FEPLB_LIBCUDA``
+the driver's library where it is not ``libcuda.so.1``. Any other ``FEPLB_*`` variable is an error: a
 misspelt switch must not pass silently. Of CUDA's own, ``CUDA_DEVICE_MAX_CONNECTIONS`` and
 ``CUDA_DEVICE_MAX_COPY_CONNECTIONS`` (``check_queues``); for ``feplb doctor`` also
 ``CUDA_VISIBLE_DEVICES`` and torch's ``PYTORCH_ALLOC_CONF`` (or ``PYTORCH_CUDA_ALLOC_CONF``).
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 LANES = ("auto", "host", "ce", "cupy")
 COPY_CALLS = ("auto", "batch", "peer", "plain")
 FLAG_CALLS = ("auto", "memops", "write", "copy")
-ARENA_HANDLES = ("auto", "vmm", "ipc")
+ARENA_HANDLES = ("auto", "vmm", "ipc", "fabric")
 POLICIES = ("none", "greedy", "refine", "split", "auto")
-_KNOWN_VARIABLES = ("FEPLB_LOG", "FEPLB_LANE", "FEPLB_OFF", "FEPLB_DOMAIN", "FEPLB_LIBCUDA")
+_KNOWN_VARIABLES = (
+    "FEPLB_LOG", "FEPLB_LANE", "FEPLB_OFF", "FEPLB_DOMAIN", "FEPLB_HOST_ADDRESS", "FEPLB_LIBCUDA",
+)  # fmt: skip
 # Measured: GEMM bits change with 1 to 3 rows at addresses that are not multiples of this.
 _BYTE_MULTIPLE = 16
 
@@ -46,6 +49,8 @@ class Environment:
     lane: str | None
     off: bool
     domain: str | None
+    host_address: str | None
+    master_address: str | None
     job_id: str
     restart_count: str
     cuda_connections: str | None
@@ -56,7 +61,7 @@ class Environment:
 
 
 def read_environment() -> Environment:
-    """Read and check the ``FEPLB_*`` variables, and the job's name as torchrun gives it.
+    """Read and check the ``FEPLB_*`` variables, and what torchrun says of the job.
 
     Raises:
         ValueError: an unknown ``FEPLB_*`` variable, or a value that is not allowed.
@@ -78,6 +83,8 @@ def read_environment() -> Environment:
         lane=lane,
         off=off == "1",
         domain=os.environ.get("FEPLB_DOMAIN"),
+        host_address=os.environ.get("FEPLB_HOST_ADDRESS"),
+        master_address=os.environ.get("MASTER_ADDR"),
         job_id="".join(c if c.isalnum() else "-" for c in job)[:32],
         restart_count=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
         cuda_connections=os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"),
@@ -222,7 +229,9 @@ class BalancerConfig:
         flag_call: on the ce and cupy lanes, how a stream writes a flag: ``"memops"`` (one call for
             all), ``"write"`` (one per flag), ``"copy"`` (a 4-byte copy); ``"auto"`` is memops.
         arena_handle: on the ce lane, how peers map an arena: ``"vmm"`` (file descriptors) or
-            ``"ipc"`` (CUDA IPC); ``"auto"``: vmm where the GPU has it. The cupy lane has ipc alone.
+            ``"ipc"`` (CUDA IPC) or ``"fabric"`` (handles that hold on other hosts of one NVLink
+            fabric, too); ``"auto"``: fabric where the domain spans hosts, else vmm where the GPU
+            has it. The cupy lane has ipc alone.
         gemm_gflops: a rank's expert GEMM rate in 10^9 operations per second, to size kept B (the
             work that hides the way back) and for ``auto``; None: 120 per CPU thread.
         lane_gbps: rate of the way back in 10^9 bytes per second; None: as measured at start-up.

@@ -17,6 +17,7 @@ from .config import BalancerConfig, Environment, LayerSpec
 from .gpu_costs import machine_of
 from .lanes import Lane, ProvenLane, open_lane
 from .memory import MemoryReport
+from .mesh import connect_mesh
 from .peers import DomainRanks, Peers
 
 _LEAST_ARENA_BYTES = 64  # a rank alone reserves nothing, but a mapping is never empty
@@ -56,7 +57,8 @@ def _compare(identities: Sequence[dict[str, str]], global_ranks: Sequence[int]) 
 
 
 class _Segments:
-    """Shared memory of one domain, under its name: "board", and the arenas as "0", "1", ..."""
+    """Shared memory of one domain, under its name: "board" and the arenas as "0", "1", ...; in a
+    domain over several hosts a "board-0", "board-1", ... for each rank."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -81,9 +83,16 @@ class _Segments:
         """
         from . import _core
 
-        for part in ("board", *range(num_ranks)):
+        ranks = range(num_ranks)
+        for part in ("board", *ranks, *(f"board-{rank}" for rank in ranks)):
             _core.SharedMemory.remove(f"{self.name}-{part}")
         self._created.clear()
+
+
+def _given_away(sockets: list[int]) -> list[int]:
+    """All of them, to whoever asks first."""
+    given, sockets[:] = list(sockets), []
+    return given
 
 
 def connect(
@@ -96,7 +105,7 @@ def connect(
         (the Domain, its lane).
     Raises:
         ValueError: ranks differ in ``own`` (both named).
-        RuntimeError: memory, processes or the lane are not to be had.
+        RuntimeError: memory, processes, hosts or the lane are not to be had.
     Thread/stream: collective, blocks.
     """
     from . import _core
@@ -104,19 +113,27 @@ def connect(
     said = peers.gather((own, os.getpid(), os.urandom(4).hex()))
     _compare([identity for identity, _, _ in said], peers.global_ranks)
     lanes: list[Lane] = []
-    peers.together(lambda: lanes.append(open_lane(config, environment)))
+    peers.together(lambda: lanes.append(open_lane(config, environment, domain)))
     lane = lanes[0]
-    pids = [said[rank][1] for rank in domain.group_ranks]
+    # Over hosts the end of a socket tells of a peer's end.
+    pids = [0 if domain.over_hosts else said[rank][1] for rank in domain.group_ranks]
     # Named with job, restart count, group and pid, and unlinked before anything runs.
     job = f"{environment.job_id}-{environment.restart_count}"
-    segments = _Segments(f"/feplb-{job}-{said[domain.group_ranks[0]][2]}-{pids[0]}")
+    first = said[domain.group_ranks[0]]
+    segments = _Segments(f"/feplb-{job}-{first[2]}-{first[1]}")
     arena_bytes = max(reservation.memory.arena_bytes, _LEAST_ARENA_BYTES)
     board_bytes = reservation.memory.board_bytes
+    # Hosts share no board: each rank has its own, and flags lie behind the arenas of the GPUs.
+    board = f"board-{domain.rank}" if domain.over_hosts else "board"
+    mapped_bytes = arena_bytes
+    if domain.over_hosts:
+        mapped_bytes += _core.flag_bytes(domain.num_ranks)
+    sockets: list[int] = []
 
     def create() -> None:
-        lane.reserve(segments.create, domain.rank, arena_bytes)
-        if domain.rank == 0:
-            segments.create("board", board_bytes)
+        lane.reserve(segments.create, domain.rank, mapped_bytes)
+        if domain.over_hosts or domain.rank == 0:
+            segments.create(board, board_bytes)
 
     def build() -> Any:
         return _core.Domain(
@@ -128,18 +145,25 @@ def connect(
             num_grad_slots=reservation.num_grad_slots,
             pids=pids,
             global_ranks=list(domain.global_ranks),
-            board=segments.open("board", board_bytes),
-            arenas=lane.arenas(segments.open, domain, arena_bytes),
+            board=segments.open(board, board_bytes),
+            arenas=lane.arenas(segments.open, domain, mapped_bytes),
             lane=lane.core,
+            sockets=_given_away(sockets),
+            flags_at=arena_bytes,
         )
 
     domains: list[Any] = []
     try:
         peers.together(create)
-        lane.share(peers, domain, segments.name, arena_bytes, config.deadline_s)
+        lane.share(peers, domain, segments.name, mapped_bytes, config.deadline_s)
+        if domain.over_hosts:
+            sockets += connect_mesh(peers, domain, environment, config.deadline_s)
         peers.together(lambda: domains.append(build()))
     except BaseException:
         domains.clear()  # the traceback keeps this frame, and must not keep mappings
+        for fd in _given_away(sockets):
+            if fd >= 0:
+                os.close(fd)
         raise
     finally:
         segments.remove(domain.num_ranks)

@@ -1,8 +1,8 @@
 """Lanes: how the bytes of a domain travel, opened on this rank and shared with its peers.
 
 ``host``: arenas in shared memory of the host, copied by threads. ``ce``: arenas on the GPUs, copied
-by their copy engines; a peer gets a rank's arena as a file descriptor over a Unix socket ("vmm") or
-as a CUDA IPC handle ("ipc"). ``cupy``: the same in Python (cupy_lane.py). Used at start-up only;
+by their copy engines; a peer gets a rank's arena as a file descriptor over a Unix socket ("vmm"), as
+a CUDA IPC handle ("ipc") or as a fabric handle ("fabric"). ``cupy``: the same in Python (cupy_lane.py). Used at start-up only;
 everything a lane waits for has a deadline.
 """
 
@@ -19,7 +19,7 @@ import torch
 
 from .config import BalancerConfig, Environment
 from .cupy_lane import CupyLane
-from .observe.nvlink import Topology, read_topology
+from .observe.nvlink import Gpu, Topology, read_topology
 from .peers import DomainRanks, Peers
 from .scheduler.machines import Machine
 
@@ -78,17 +78,23 @@ def gpu_of(config: BalancerConfig, environment: Environment) -> str:
     return torch.cuda.get_device_name() if has_gpu else ""
 
 
-def open_lane(config: BalancerConfig, environment: Environment) -> Lane:
+def open_lane(config: BalancerConfig, environment: Environment, domain: DomainRanks) -> Lane:
     """This rank's end of the lane.
 
     Raises:
         RuntimeError: the machine has no such lane.
-        ValueError: the lane has not what the config asks for.
+        ValueError: the lane has not what the config asks for, or does not go over hosts.
     """
     name = lane_name(config, environment)
-    if name == "host":
-        return HostLane()
-    return CupyLane(config) if name == "cupy" else CopyEngineLane(config, environment)
+    if name == "ce":
+        return CopyEngineLane(config, environment, over_hosts=domain.over_hosts)
+    if domain.over_hosts:
+        raise ValueError(
+            f"lane={name!r}: FEPLB_DOMAIN gives ranks of several hosts one name, and only the ce "
+            "lane goes over hosts (GPUs of one NVLink fabric). Give each host a name of its own, "
+            'or use lane="ce".'
+        )
+    return CupyLane(config) if name == "cupy" else HostLane()
 
 
 # ----------------------------------------------------------------------------------------- host
@@ -123,11 +129,16 @@ class HostLane:
 class CopyEngineLane:
     """The GPU that is current when the Balancer is built.
 
+    Args:
+        over_hosts: peers may be on other hosts, so only fabric handles will do.
     Raises:
         RuntimeError: no driver, one that is too old, or one without what the config asks for.
+        ValueError: the config asks for a way that does not go over hosts.
     """
 
-    def __init__(self, config: BalancerConfig, environment: Environment) -> None:
+    def __init__(
+        self, config: BalancerConfig, environment: Environment, *, over_hosts: bool = False
+    ) -> None:
         from . import _core
 
         self._library = environment.cuda_library or _DRIVER
@@ -147,14 +158,31 @@ class CopyEngineLane:
             )
         is_real = not self.core.is_stand_in
         self.device = torch.device("cuda", ordinal) if is_real else torch.device("cpu")
-        self._way = config.arena_handle
-        if self._way == "auto":
-            self._way = "vmm" if self.core.has_vmm else "ipc"
-        self.description = f"ce ({self.core.calls}, {self._way} arena)"
+        self._way = self._choose_way(config.arena_handle, over_hosts)
+        where = ", flags in GPU memory" if over_hosts else ""
+        self.description = f"ce ({self.core.calls}{where}, {self._way} arena)"
         self.canary_bytes = _CE_CANARY_BYTES
         self._own: Any = None
         self._ordinal = ordinal
+        self._over_hosts = over_hosts
         self._opened: list[Any] = []
+
+    def _choose_way(self, asked: str, over_hosts: bool) -> str:
+        if asked == "auto" and not over_hosts:
+            return "vmm" if self.core.has_vmm else "ipc"
+        if over_hosts and asked not in ("auto", "fabric"):
+            raise ValueError(
+                f"arena_handle={asked!r} ends at the host, and FEPLB_DOMAIN gives ranks of several "
+                'hosts one name. Use "fabric" or "auto", or give each host a name of its own.'
+            )
+        if (over_hosts or asked == "fabric") and not self.core.has_fabric:
+            raise RuntimeError(
+                f"GPU {self._ordinal} has no fabric handles (CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_"
+                "FABRIC_SUPPORTED is 0), which a domain over several hosts needs: NVLink that "
+                "joins the hosts (NVL72), its fabric up and nvidia-imex running. Give each host a "
+                "FEPLB_DOMAIN of its own, or leave FEPLB_DOMAIN unset."
+            )
+        return asked if asked != "auto" else "fabric"
 
     def reserve(self, create: OpenSegment, rank: int, num_bytes: int) -> None:
         self._own = self.core.create_arena(num_bytes, self._way)
@@ -166,9 +194,11 @@ class CopyEngineLane:
         if self._way == "vmm":
             self._share_descriptors(peers, domain, name, num_bytes, deadline_s)
             return
-        said = peers.together(self._own.export_ipc)
+        is_ipc = self._way == "ipc"
+        said = peers.together(self._own.export_ipc if is_ipc else self._own.export_fabric)
         handles = [said[rank] for rank in domain.group_ranks]
-        peers.together(lambda: self._open(domain, handles, num_bytes, self.core.open_ipc))
+        opener = self.core.open_ipc if is_ipc else self.core.open_fabric
+        peers.together(lambda: self._open(domain, handles, num_bytes, opener))
 
     def _share_descriptors(
         self, peers: Peers, domain: DomainRanks, name: str, num_bytes: int, deadline_s: float
@@ -199,9 +229,18 @@ class CopyEngineLane:
         visible = said[peers.rank][1]
         of_ranks = [said[rank][0] for rank in domain.group_ranks]
         if not self.core.is_stand_in:  # it has no NVML beside it
-            peers.together(lambda: check_nvlink(of_ranks, domain.global_ranks))
+            self._check_links(peers, domain, of_ranks)
         if all(uuid in visible for uuid in of_ranks):
             self.core.set_peer_ordinals([visible.index(uuid) for uuid in of_ranks])
+
+    def _check_links(self, peers: Peers, domain: DomainRanks, uuids: Sequence[str]) -> None:
+        if not self._over_hosts:
+            peers.together(lambda: check_nvlink(uuids, domain.global_ranks))
+            return
+        own = uuids[domain.rank]
+        said = peers.gather(read_topology([own]).gpus[0])  # NVML sees this host's GPUs alone
+        gpus = [said[rank] for rank in domain.group_ranks]
+        peers.together(lambda: check_fabric(gpus, domain.global_ranks))
 
     def _open(
         self, domain: DomainRanks, handles: Sequence[Any], num_bytes: int, opener: Any
@@ -247,6 +286,36 @@ def check_nvlink(
                 f"are not known to be joined by NVLink.{why} The ce lane moves rows through NVLink "
                 "only. Give each NVLink domain a name of its own in FEPLB_DOMAIN; install "
                 "nvidia-ml-py if NVML could not be asked; `feplb doctor` shows what it says."
+            )
+
+
+def check_fabric(gpus: Sequence[Gpu], global_ranks: Sequence[int]) -> None:
+    """Refuse a domain over hosts whose GPUs are not all in one NVLink fabric; unknown means no.
+
+    Args:
+        gpus: the GPU of every rank, as NVML of its own host has it.
+        global_ranks: what messages call them.
+    Raises:
+        RuntimeError: names the first rank whose GPU is in no fabric, or two that are in different.
+    """
+    advice = (
+        "A domain over several hosts moves rows through one NVLink fabric only. Give each NVLink "
+        "domain a name of its own in FEPLB_DOMAIN; `feplb doctor` shows what NVML says."
+    )
+    for rank, gpu in zip(global_ranks, gpus, strict=True):
+        state = gpu.fabric.state if gpu.fabric is not None else gpu.problem or "not said by NVML"
+        if state != "completed":
+            raise RuntimeError(
+                f"the GPU of rank {rank} ({gpu.asked}) is in no NVLink fabric: its state is "
+                f"{state}, expected completed. {advice}"
+            )
+    places = [(gpu.fabric.cluster, gpu.fabric.clique) for gpu in gpus if gpu.fabric is not None]
+    for rank, place in zip(global_ranks, places, strict=True):
+        if place != places[0]:
+            raise RuntimeError(
+                f"the GPUs of ranks {global_ranks[0]} and {rank} are in different NVLink fabrics: "
+                f"cluster {places[0][0]}, clique {places[0][1]}, and cluster {place[0]}, clique "
+                f"{place[1]}. {advice}"
             )
 
 

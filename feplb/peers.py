@@ -1,8 +1,9 @@
 """The ranks of an EP group, and which of them form one domain. Collective, by torch.distributed.
 
-A domain is the ranks that reach each other's memory: for the host lane, those of one host. An EP
-group over several hosts is several domains; each balances its own rows, and ``check()`` alone goes
-round the whole group.
+A domain is the ranks that reach each other's memory: those of one host, or of several hosts whose
+GPUs one NVLink fabric joins (NVL72), where ``FEPLB_DOMAIN`` gives them one name. An EP group over
+other hosts is several domains; each balances its own rows, and ``check()`` alone goes round the
+whole group.
 
 Example, an EP group of global ranks 8, 9, 10, 11, of which 8 and 9 run on one host and 10 and 11 on
 another: on rank 10, ``Peers`` has rank 2 of 4, and its domain has group ranks (2, 3), global ranks
@@ -109,6 +110,9 @@ class DomainRanks:
     rank: int  # this rank's place among them
     group_ranks: tuple[int, ...]
     global_ranks: tuple[int, ...]
+    # A domain of the group spans hosts: all of them then connect in the same way, by fabric handles
+    # and sockets.
+    over_hosts: bool = False
 
     @property
     def num_ranks(self) -> int:
@@ -117,7 +121,7 @@ class DomainRanks:
 
 
 def find_domain(peers: Peers, named: str | None, *, moves_nothing: bool) -> DomainRanks:
-    """Split the group by host.
+    """Split the group by host, or by name.
 
     Args:
         named: what this rank's domain is called where its host's name would not do; None: by host.
@@ -127,8 +131,8 @@ def find_domain(peers: Peers, named: str | None, *, moves_nothing: bool) -> Doma
             one domain do not see each other's processes.
     Thread/stream: collective, blocks.
     """
-    said = peers.gather((named or _host(), _namespace("pid")))
-    places = [place for place, _ in said]
+    said = peers.gather((named or _host(), _namespace("pid"), _kernel()))
+    places = [place for place, _, _ in said]
     own = places[peers.rank]
     ranks = tuple(rank for rank, place in enumerate(places) if place == own)
     if peers.num_ranks > 1 and len(set(places)) == peers.num_ranks and not moves_nothing:
@@ -137,18 +141,21 @@ def find_domain(peers: Peers, named: str | None, *, moves_nothing: bool) -> Doma
             f"{places[0]}, rank 1 on {places[1]}), so nothing could be balanced. Make EP groups of "
             'ranks that share a host, or set policy="none".'
         )
+    hosts_of: dict[str, set[str]] = {}
+    for place, _, host in said:
+        hosts_of.setdefault(place, set()).add(host)
+    over_hosts = any(len(hosts) > 1 for hosts in hosts_of.values())
     for rank in ranks:
         namespace, mine = said[rank][1], said[ranks[0]][1]
-        if namespace != mine:
+        if namespace != mine and not over_hosts:
             raise ValueError(
                 f"ranks {peers.global_ranks[ranks[0]]} and {peers.global_ranks[rank]} are in one "
                 f"domain ({own}) but in different pid namespaces ({mine}, {namespace}), so neither "
                 "would notice the other's death. Run them in one container, share the host's pid "
                 "namespace, or give each container its own FEPLB_DOMAIN."
             )
-    domain = DomainRanks(
-        ranks.index(peers.rank), ranks, tuple(peers.global_ranks[rank] for rank in ranks)
-    )
+    global_ranks = tuple(peers.global_ranks[rank] for rank in ranks)
+    domain = DomainRanks(ranks.index(peers.rank), ranks, global_ranks, over_hosts)
     if peers.num_ranks > 1 and domain.num_ranks == 1 and not moves_nothing:
         alone = domain.global_ranks[0]
         logger.warning("rank %d is alone in its domain (%s): nothing to balance with", alone, own)
@@ -156,8 +163,13 @@ def find_domain(peers: Peers, named: str | None, *, moves_nothing: bool) -> Doma
 
 
 def _host() -> str:
+    return f"{platform.node()} {_kernel()}"
+
+
+def _kernel() -> str:
+    """The same in all containers of a host."""
     with contextlib.suppress(OSError), open("/proc/sys/kernel/random/boot_id") as file:
-        return f"{platform.node()} {file.read().strip()}"
+        return file.read().strip()
     return platform.node()
 
 

@@ -33,6 +33,12 @@ std::vector<std::size_t> joined(std::vector<std::size_t> head,
 
 }  // namespace
 
+int max_local_experts(const std::vector<LayerShape>& layers) {
+  int most = 0;
+  for (const LayerShape& shape : layers) most = std::max(most, shape.num_local_experts);
+  return most;
+}
+
 void make_route(const std::vector<Move>& moves, int rank, int num_ranks, Route& route) {
   std::vector<int64_t> recv_rows(static_cast<std::size_t>(num_ranks), 0);
   std::vector<int64_t> return_rows(recv_rows), slots(recv_rows), grad_slots(recv_rows);

@@ -60,6 +60,8 @@ struct Route {
   int64_t received_rows = 0;
 };
 
+int max_local_experts(const std::vector<LayerShape>& layers);
+
 void make_route(const std::vector<Move>& moves, int rank, int num_ranks, Route& route);
 
 class ArenaLayout {

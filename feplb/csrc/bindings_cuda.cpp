@@ -32,8 +32,10 @@ class CudaLane : public LaneDoor {
   }
 
   std::unique_ptr<Device> make(const std::string& /*name*/, SharedMemory& board,
-                               const std::vector<std::shared_ptr<Mapping>>& arenas) override {
+                               const std::vector<std::shared_ptr<Mapping>>& arenas,
+                               const std::vector<FlagPlace>& flags) override {
     cuda::LaneOptions options = options_;
+    options.flags_in_arenas = flags;
     if (options.copies == cuda::CopyCall::kPeer) {
       if (peer_ordinals_.size() != arenas.size()) {
         throw Error(
@@ -50,13 +52,19 @@ class CudaLane : public LaneDoor {
 
   std::shared_ptr<DeviceArena> create_arena(std::size_t bytes, const std::string& way) {
     arena_bytes_ = bytes;
-    return DeviceArena::create(context_, bytes, way == "ipc" ? ArenaWay::kIpc : ArenaWay::kVmm);
+    const ArenaWay known = way == "ipc"      ? ArenaWay::kIpc
+                           : way == "fabric" ? ArenaWay::kFabric
+                                             : ArenaWay::kVmm;
+    return DeviceArena::create(context_, bytes, known);
   }
   std::shared_ptr<DeviceArena> open_fd(std::size_t bytes, int fd) {
-    return DeviceArena::open(context_, bytes, fd);
+    return DeviceArena::open_fd(context_, bytes, fd);
   }
   std::shared_ptr<DeviceArena> open_ipc(std::size_t bytes, const py::bytes& handle) {
-    return DeviceArena::open(context_, bytes, std::string(handle));
+    return DeviceArena::open_ipc(context_, bytes, std::string(handle));
+  }
+  std::shared_ptr<DeviceArena> open_fabric(std::size_t bytes, const py::bytes& handle) {
+    return DeviceArena::open_fabric(context_, bytes, std::string(handle));
   }
   void set_peer_ordinals(std::vector<int> ordinals) { peer_ordinals_ = std::move(ordinals); }
   bool is_stand_in() const { return context_->driver().is_stand_in(); }
@@ -67,6 +75,10 @@ class CudaLane : public LaneDoor {
   bool has_vmm() const {
     return context_->attribute(cuda::kVirtualMemorySupported) != 0 &&
            context_->attribute(cuda::kPosixHandleSupported) != 0;
+  }
+  bool has_fabric() const {
+    return context_->attribute(cuda::kVirtualMemorySupported) != 0 &&
+           context_->attribute(cuda::kFabricHandleSupported) != 0;
   }
 
  private:
@@ -180,7 +192,9 @@ py::list trials_on(int ordinal, const std::string& library) {
 void bind_cuda(py::module_& module) {
   py::class_<DeviceArena, Mapping, std::shared_ptr<DeviceArena>>(module, "DeviceArena")
       .def("export_fd", [](const DeviceArena& arena) { return arena.export_fd().release(); })
-      .def("export_ipc", [](const DeviceArena& arena) { return py::bytes(arena.export_ipc()); });
+      .def("export_ipc", [](const DeviceArena& arena) { return py::bytes(arena.export_ipc()); })
+      .def("export_fabric",
+           [](const DeviceArena& arena) { return py::bytes(arena.export_fabric()); });
   py::class_<CudaLane, LaneDoor>(module, "CudaLane")
       .def(py::init<const std::string&, int, const std::string&, const std::string&>(),
            py::kw_only(), py::arg("library"), py::arg("ordinal"), py::arg("copy_call"),
@@ -188,10 +202,12 @@ void bind_cuda(py::module_& module) {
       .def("create_arena", &CudaLane::create_arena, py::arg("bytes"), py::arg("way"))
       .def("open_fd", &CudaLane::open_fd, py::arg("bytes"), py::arg("fd"))
       .def("open_ipc", &CudaLane::open_ipc, py::arg("bytes"), py::arg("handle"))
+      .def("open_fabric", &CudaLane::open_fabric, py::arg("bytes"), py::arg("handle"))
       .def("set_peer_ordinals", &CudaLane::set_peer_ordinals, py::arg("ordinals"))
       .def_property_readonly("is_stand_in", &CudaLane::is_stand_in)
       .def_property_readonly("calls", &CudaLane::calls)
-      .def_property_readonly("has_vmm", &CudaLane::has_vmm);
+      .def_property_readonly("has_vmm", &CudaLane::has_vmm)
+      .def_property_readonly("has_fabric", &CudaLane::has_fabric);
   py::class_<CopyStream>(module, "CopyStream")
       .def(py::init<const std::string&, int, const std::string&>(), py::kw_only(),
            py::arg("library") = kDriver, py::arg("ordinal"), py::arg("copy_call") = "auto")

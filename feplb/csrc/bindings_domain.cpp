@@ -47,16 +47,33 @@ std::vector<LayerShape> layer_shapes_from(const py::list& specs) {
 class HostLane : public LaneDoor {
  public:
   std::unique_ptr<Device> make(const std::string& name, SharedMemory& /*board*/,
-                               const std::vector<std::shared_ptr<Mapping>>& /*arenas*/) override {
+                               const std::vector<std::shared_ptr<Mapping>>& /*arenas*/,
+                               const std::vector<FlagPlace>& /*flags*/) override {
     return make_host_device(name);
   }
 };
 
+// Flags of all ranks begin at `flags_at` of their arenas.
+std::vector<FlagPlace> flag_places(const CountBoard& board, const DomainMemory& memory,
+                                   std::size_t flags_at) {
+  std::vector<FlagPlace> places;
+  for (int rank = 0; rank < board.num_ranks(); ++rank) {
+    places.push_back({board.inbound(rank, 0, kRowsFlag), board.num_inbound(),
+                      memory.arenas[static_cast<std::size_t>(rank)] + flags_at});
+  }
+  return places;
+}
+
+// `sockets` [num_ranks], -1 in this rank's place: a domain over several hosts, and the caller's no
+// more. Empty: the board is shared memory, and `flags_at` is not looked at.
 std::unique_ptr<Domain> make_domain(int rank, uint64_t config_hash, double deadline_s,
                                     const py::list& layers, int num_slots, int num_grad_slots,
                                     std::vector<pid_t> pids, std::vector<int> global_ranks,
                                     std::shared_ptr<SharedMemory> board,
-                                    std::vector<std::shared_ptr<Mapping>> arenas, LaneDoor& lane) {
+                                    std::vector<std::shared_ptr<Mapping>> arenas, LaneDoor& lane,
+                                    const std::vector<int>& sockets, std::size_t flags_at) {
+  RelaySockets relay_sockets;
+  for (const int socket : sockets) relay_sockets.emplace_back(socket);
   DomainConfig config;
   config.rank = rank;
   config.num_ranks = static_cast<int>(pids.size());
@@ -69,13 +86,19 @@ std::unique_ptr<Domain> make_domain(int rank, uint64_t config_hash, double deadl
   config.global_ranks = std::move(global_ranks);
   const int name =
       config.global_ranks.empty() ? rank : config.global_ranks[static_cast<std::size_t>(rank)];
-  std::unique_ptr<Device> device = lane.make(cat("feplb-", name, "-copy"), *board, arenas);
   DomainMemory memory;
   memory.board = board->data();
   for (const auto& arena : arenas) memory.arenas.push_back(arena->data());
+  std::vector<FlagPlace> flags;
+  if (!sockets.empty()) {
+    const CountBoard places(board->data(), config.num_ranks, max_local_experts(config.layers));
+    flags = flag_places(places, memory, flags_at);
+  }
+  std::unique_ptr<Device> device = lane.make(cat("feplb-", name, "-copy"), *board, arenas, flags);
   using Owned = std::pair<std::shared_ptr<SharedMemory>, std::vector<std::shared_ptr<Mapping>>>;
   memory.owner = std::make_shared<Owned>(std::move(board), std::move(arenas));
-  return std::make_unique<Domain>(std::move(config), std::move(memory), std::move(device));
+  return std::make_unique<Domain>(std::move(config), std::move(memory), std::move(device),
+                                  std::move(relay_sockets));
 }
 
 uint64_t begin_call(Domain& domain, int kind, int layer, int64_t micro_batch, uint32_t grad_bits,
@@ -228,13 +251,17 @@ void bind_domain(py::module_& module) {
       .def_property_readonly("__cuda_array_interface__", &as_cuda_array);
   module.def("board_bytes", &CountBoard::bytes_needed, py::arg("num_ranks"),
              py::arg("max_local_experts"));
+  module.def("flag_bytes", [](int num_ranks) {
+    return static_cast<std::size_t>(num_ranks) * kNumFlagKinds * sizeof(Flag);
+  }, py::arg("num_ranks"));
   module.def("arena_parts", &arena_parts, py::arg("layers"), py::arg("num_slots"),
              py::arg("num_grad_slots"));
   py::class_<Domain>(module, "Domain")
       .def(py::init(&make_domain), py::kw_only(), py::arg("rank"), py::arg("config_hash"),
            py::arg("deadline_s"), py::arg("layers"), py::arg("num_slots"),
            py::arg("num_grad_slots"), py::arg("pids"), py::arg("global_ranks"), py::arg("board"),
-           py::arg("arenas"), py::arg("lane"))
+           py::arg("arenas"), py::arg("lane"), py::arg("sockets") = std::vector<int>{},
+           py::arg("flags_at") = 0)
       .def(
           "set_costs",
           [](Domain& domain, int layer, const py::dict& costs) {

@@ -236,7 +236,8 @@ class PythonLane final : public LaneDoor {
  public:
   explicit PythonLane(py::object device) : device_(std::move(device)) {}
   std::unique_ptr<Device> make(const std::string& /*name*/, SharedMemory& board,
-                               const std::vector<std::shared_ptr<Mapping>>& /*arenas*/) override {
+                               const std::vector<std::shared_ptr<Mapping>>& /*arenas*/,
+                               const std::vector<FlagPlace>& /*flags*/) override {
     return std::make_unique<PythonDevice>(device_, board);
   }
 

@@ -122,6 +122,7 @@ void CountBoard::publish(int rank, const CallHeader& header) {
   std::copy(header.counts.begin(), header.counts.end(), target.counts());
   target.seq.store(header.seq);
   block(rank).last_seq.store(header.seq, std::memory_order_release);
+  if (rank == echo_rank_) echo_->published(header);
 }
 
 uint64_t CountBoard::published_seq(int rank, uint64_t seq) const {
@@ -173,6 +174,7 @@ RankState CountBoard::state(int rank) const {
 
 void CountBoard::set_state(int rank, RankState state) {
   block(rank).state.store(static_cast<uint32_t>(state), std::memory_order_release);
+  if (rank == echo_rank_) echo_->state_set(state);
 }
 
 bool CountBoard::abort(int rank, const std::string& text) {
@@ -182,6 +184,7 @@ bool CountBoard::abort(int rank, const std::string& text) {
   record.rank = rank;
   store_text(record.text, text);
   record.state.store(2, std::memory_order_release);
+  if (rank == echo_rank_) echo_->aborted(text);
   return true;
 }
 

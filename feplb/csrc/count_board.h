@@ -67,6 +67,15 @@ struct CallHeader {
 
 enum class RankState : uint32_t { kJoining = 0, kOpen = 1, kClosed = 2 };
 
+// Hears what this rank writes on its board, where peers have boards of their own (relay.h).
+class BoardEcho {
+ public:
+  virtual ~BoardEcho() = default;
+  virtual void published(const CallHeader& header) = 0;
+  virtual void state_set(RankState state) = 0;
+  virtual void aborted(const std::string& text) = 0;
+};
+
 class CountBoard {
  public:
   static std::size_t bytes_needed(int num_ranks, int max_local_experts);
@@ -77,6 +86,12 @@ class CountBoard {
   CountBoard(std::byte* memory, int num_ranks, int max_local_experts,
              std::vector<int> global_ranks = {});
 
+  // What `rank` publishes, its state and its abort go to `echo` as well, which outlives all use.
+  void echo_to(int rank, BoardEcho* echo) {
+    echo_rank_ = rank;
+    echo_ = echo;
+  }
+
   int num_ranks() const { return num_ranks_; }
   int global_rank(int rank) const;
 
@@ -86,7 +101,11 @@ class CountBoard {
   // What a rank published last, for messages: "forward of layer 3, micro-batch 1" or "nothing yet".
   std::string last_seen(int rank) const;
 
+  // [src_rank][kind], side by side.
   Flag* inbound(int rank, int src_rank, FlagKind kind) const;
+  std::size_t num_inbound() const {
+    return static_cast<std::size_t>(num_ranks_) * static_cast<std::size_t>(kNumFlagKinds);
+  }
   Flag* released(int rank, Region region, int half) const;
   Bell& bell(int rank) const;
 
@@ -110,6 +129,8 @@ class CountBoard {
   int num_ranks_;
   int max_local_experts_;
   std::vector<int> global_ranks_;
+  int echo_rank_ = -1;
+  BoardEcho* echo_ = nullptr;
 };
 
 }  // namespace feplb

@@ -86,6 +86,7 @@ struct CopyAttributes {
 constexpr int kLocationDevice = 1;
 constexpr int kAllocationPinned = 1;
 constexpr int kHandlePosix = 1;
+constexpr int kHandleFabric = 8;
 constexpr int kAccessReadWrite = 3;
 constexpr int kGranularityRecommended = 1;
 
@@ -109,6 +110,10 @@ struct AccessDescription {
 
 struct IpcHandle {
   char reserved[64];
+};
+
+struct FabricHandle {
+  unsigned char data[64];
 };
 
 struct Uuid {

@@ -9,11 +9,13 @@
 namespace feplb::cuda {
 namespace {
 
-AllocationProperties shareable_on(int ordinal) {
+int handle_type(ArenaWay way) { return way == ArenaWay::kFabric ? kHandleFabric : kHandlePosix; }
+
+AllocationProperties shareable_on(int ordinal, ArenaWay way) {
   AllocationProperties properties;
   std::memset(&properties, 0, sizeof(properties));
   properties.type = kAllocationPinned;
-  properties.requested_handle_types = kHandlePosix;
+  properties.requested_handle_types = handle_type(way);
   properties.location = Location{kLocationDevice, ordinal};
   return properties;
 }
@@ -32,6 +34,15 @@ void refuse_peer(const Driver& driver, Result result, int ordinal) {
   throw Error(cat("GPU ", ordinal, " cannot reach a peer's memory: ", driver.text(result),
                   ". The ce lane needs NVLink between all GPUs of a domain; give each NVLink "
                   "domain a FEPLB_DOMAIN of its own, or use lane=\"host\"."));
+}
+
+void refuse_fabric(const Driver& driver, Result result, const char* what) {
+  if (result != kNotPermitted && result != kNotSupported) return;
+  throw Error(cat(what, " by a fabric handle was refused: ", driver.text(result),
+                  ". Memory that GPUs of several hosts share needs one NVLink fabric, nvidia-imex "
+                  "running on every host, and a channel of it in this container "
+                  "(/dev/nvidia-caps-imex-channels). `feplb doctor` shows what is there; or give "
+                  "each host a FEPLB_DOMAIN of its own."));
 }
 
 }  // namespace
@@ -92,16 +103,13 @@ std::unique_ptr<DeviceArena> DeviceArena::create(std::shared_ptr<DeviceContext> 
   if (way == ArenaWay::kIpc) {
     require_memory(driver, driver.allocate(&arena->address_, bytes), bytes, device.ordinal());
   } else {
-    const AllocationProperties properties = shareable_on(device.ordinal());
-    std::size_t page = 0;
-    driver.check(driver.granularity(&page, &properties, kGranularityRecommended),
-                 "asking for the page size of shareable memory");
-    const std::size_t mapped = (bytes + page - 1) / page * page;
+    const AllocationProperties properties = shareable_on(device.ordinal(), way);
+    arena->mapped_ = arena->in_whole_pages();
     AllocationHandle handle = 0;
-    require_memory(driver, driver.create_allocation(&handle, mapped, &properties, 0), mapped,
-                   device.ordinal());
+    const Result made = driver.create_allocation(&handle, arena->mapped_, &properties, 0);
+    if (way == ArenaWay::kFabric) refuse_fabric(driver, made, "an arena that is shared");
+    require_memory(driver, made, arena->mapped_, device.ordinal());
     arena->allocation_ = handle;
-    arena->mapped_ = mapped;
     arena->map(handle);
   }
   const std::string zeros(std::min<std::size_t>(bytes, std::size_t{1} << 24), '\0');
@@ -128,26 +136,47 @@ void DeviceArena::map(AllocationHandle handle) {
   driver.check(granted, "opening an arena for this GPU");
 }
 
-std::unique_ptr<DeviceArena> DeviceArena::open(std::shared_ptr<DeviceContext> context,
-                                               std::size_t bytes, int fd) {
-  std::unique_ptr<DeviceArena> arena(new DeviceArena(std::move(context), bytes, ArenaWay::kVmm));
-  const DeviceContext& device = *arena->context_;
-  const CurrentContext current(device);
-  const AllocationProperties properties = shareable_on(device.ordinal());
+std::size_t DeviceArena::in_whole_pages() const {
+  const AllocationProperties properties = shareable_on(context_->ordinal(), way_);
   std::size_t page = 0;
-  device.driver().check(device.driver().granularity(&page, &properties, kGranularityRecommended),
-                        "asking for the page size of shareable memory");
-  arena->mapped_ = (bytes + page - 1) / page * page;
-  void* shareable = reinterpret_cast<void*>(static_cast<std::intptr_t>(fd));
-  device.driver().check(
-      device.driver().import_allocation(&arena->allocation_, shareable, kHandlePosix),
-      "importing a peer's arena");
-  arena->map(arena->allocation_);
+  context_->driver().check(
+      context_->driver().granularity(&page, &properties, kGranularityRecommended),
+      "asking for the page size of shareable memory");
+  return (bytes_ + page - 1) / page * page;
+}
+
+void DeviceArena::import(void* shareable) {
+  const Driver& driver = context_->driver();
+  const CurrentContext current(*context_);
+  mapped_ = in_whole_pages();
+  const Result result = driver.import_allocation(&allocation_, shareable, handle_type(way_));
+  if (way_ == ArenaWay::kFabric) refuse_fabric(driver, result, "opening a peer's arena");
+  driver.check(result, "importing a peer's arena");
+  map(allocation_);
+}
+
+std::unique_ptr<DeviceArena> DeviceArena::open_fd(std::shared_ptr<DeviceContext> context,
+                                                  std::size_t bytes, int fd) {
+  std::unique_ptr<DeviceArena> arena(new DeviceArena(std::move(context), bytes, ArenaWay::kVmm));
+  arena->import(reinterpret_cast<void*>(static_cast<std::intptr_t>(fd)));
   return arena;
 }
 
-std::unique_ptr<DeviceArena> DeviceArena::open(std::shared_ptr<DeviceContext> context,
-                                               std::size_t bytes, const std::string& ipc_handle) {
+std::unique_ptr<DeviceArena> DeviceArena::open_fabric(std::shared_ptr<DeviceContext> context,
+                                                      std::size_t bytes,
+                                                      const std::string& handle) {
+  std::unique_ptr<DeviceArena> arena(new DeviceArena(std::move(context), bytes, ArenaWay::kFabric));
+  FabricHandle shareable;
+  FEPLB_CHECK(handle.size() == sizeof(shareable), "a fabric handle has ", sizeof(shareable),
+              " bytes, got ", handle.size());
+  std::memcpy(&shareable, handle.data(), sizeof(shareable));
+  arena->import(&shareable);
+  return arena;
+}
+
+std::unique_ptr<DeviceArena> DeviceArena::open_ipc(std::shared_ptr<DeviceContext> context,
+                                                   std::size_t bytes,
+                                                   const std::string& ipc_handle) {
   std::unique_ptr<DeviceArena> arena(new DeviceArena(std::move(context), bytes, ArenaWay::kIpc));
   const DeviceContext& device = *arena->context_;
   const CurrentContext current(device);
@@ -179,6 +208,16 @@ std::string DeviceArena::export_ipc() const {
   IpcHandle handle;
   context_->driver().check(context_->driver().ipc_export(&handle, address_),
                            "exporting the arena by CUDA IPC");
+  return std::string(reinterpret_cast<const char*>(&handle), sizeof(handle));
+}
+
+std::string DeviceArena::export_fabric() const {
+  const CurrentContext current(*context_);
+  FabricHandle handle;
+  const Result result =
+      context_->driver().export_allocation(&handle, allocation_, kHandleFabric, 0);
+  refuse_fabric(context_->driver(), result, "sharing the arena");
+  context_->driver().check(result, "exporting the arena as a fabric handle");
   return std::string(reinterpret_cast<const char*>(&handle), sizeof(handle));
 }
 

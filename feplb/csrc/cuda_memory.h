@@ -1,10 +1,11 @@
 // Memory that copy engines reach: a rank's arena on its GPU, mapped by its peers, and the count
 // board of the host, pinned by every rank.
 //
-// An arena is shared in one of two ways. vmm: physical memory behind a file descriptor, which a
+// An arena is shared in one of three ways. vmm: physical memory behind a file descriptor, which a
 // peer gets over a Unix socket; works beside any allocator and lives as long as anybody maps it.
 // ipc: CUDA IPC of a plain allocation, where descriptors are not to be had; the exporter must free
-// it last.
+// it last. fabric: physical memory that GPUs of other hosts can map, too, where one NVLink fabric
+// joins them (NVL72).
 #pragma once
 
 #include <sys/types.h>
@@ -54,7 +55,7 @@ class CurrentContext {
   bool pushed_ = false;
 };
 
-enum class ArenaWay { kVmm, kIpc };
+enum class ArenaWay { kVmm, kIpc, kFabric };
 
 // A rank's arena, its own or a peer's. Unmapped on destruction; in a forked child nothing happens.
 class DeviceArena : public Mapping {
@@ -62,20 +63,25 @@ class DeviceArena : public Mapping {
   // Zero-filled. Throws Error naming the bytes asked for and what to lower.
   static std::unique_ptr<DeviceArena> create(std::shared_ptr<DeviceContext> context,
                                              std::size_t bytes, ArenaWay way);
-  // A peer's, from its descriptor (vmm; `fd` stays the caller's) or its handle (ipc).
-  static std::unique_ptr<DeviceArena> open(std::shared_ptr<DeviceContext> context,
-                                           std::size_t bytes, int fd);
-  static std::unique_ptr<DeviceArena> open(std::shared_ptr<DeviceContext> context,
-                                           std::size_t bytes, const std::string& ipc_handle);
+  // A peer's, from its descriptor (vmm; `fd` stays the caller's) or its handle (ipc, fabric).
+  static std::unique_ptr<DeviceArena> open_fd(std::shared_ptr<DeviceContext> context,
+                                              std::size_t bytes, int fd);
+  static std::unique_ptr<DeviceArena> open_ipc(std::shared_ptr<DeviceContext> context,
+                                               std::size_t bytes, const std::string& handle);
+  static std::unique_ptr<DeviceArena> open_fabric(std::shared_ptr<DeviceContext> context,
+                                                  std::size_t bytes, const std::string& handle);
   ~DeviceArena() override;
 
   std::byte* data() const override { return reinterpret_cast<std::byte*>(address_); }
   // What a peer opens it with.
   Fd export_fd() const;
   std::string export_ipc() const;
+  std::string export_fabric() const;
 
  private:
   DeviceArena(std::shared_ptr<DeviceContext> context, std::size_t bytes, ArenaWay way);
+  std::size_t in_whole_pages() const;
+  void import(void* shareable);
   void map(AllocationHandle handle);
 
   std::shared_ptr<DeviceContext> context_;

@@ -91,7 +91,7 @@ class TrialLane {
 std::string try_vmm(const std::shared_ptr<DeviceContext>& context) {
   const auto arena = DeviceArena::create(context, kTrialBytes, ArenaWay::kVmm);
   const Fd fd = arena->export_fd();
-  const auto opened = DeviceArena::open(context, kTrialBytes, fd.get());
+  const auto opened = DeviceArena::open_fd(context, kTrialBytes, fd.get());
   const uint32_t written = 0x5eed1234;
   uint32_t seen = 0;
   const Driver& driver = context->driver();

@@ -40,9 +40,18 @@ inline bool epoch_reached(Epoch seen, Epoch wanted) {
 }
 
 // One word of host shared memory: written by the sender's stream after its data, awaited by the
-// receiver's stream, read and lifted by the host as plain memory.
+// receiver's stream, read and lifted by the host as plain memory. Between hosts it stands for a word
+// of the receiver's GPU (device_cuda.h), and the receiver's stream writes it once it has that.
 struct Flag {
   std::atomic<uint32_t> epoch{0};
+};
+
+// A rank's inbound flags in a domain over several hosts: `count` words of the board, and the words of
+// its arena, as mapped here, that they stand for.
+struct FlagPlace {
+  const Flag* on_board;
+  std::size_t count;
+  std::byte* in_arena;
 };
 
 // A point in one stream of this device; position 0 is "done since ever".
@@ -123,6 +132,10 @@ class Device {
 
   // A lane that runs the mover, or both, itself takes them, until stop(), and says so.
   virtual Drives drive(Crew /*crew*/) { return Drives::kNothing; }
+
+  // False where flags lie in memory that no host thread writes: a wait that lies in a stream can
+  // then be ended by the process alone.
+  virtual bool lifts_flags() const { return true; }
 
   // Flags written on the compute stream are visible at once, so the writer may ring for them.
   virtual bool is_inline() const = 0;

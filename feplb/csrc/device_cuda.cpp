@@ -75,6 +75,7 @@ class CudaDevice final : public feplb::Device {
   void mark_compute() override;
   bool compute_drained() override;
   bool is_inline() const override { return false; }
+  bool lifts_flags() const override { return options_.flags_in_arenas.empty(); }
   void put(std::byte* dst, const std::byte* src, std::size_t bytes) override;
   void get(std::byte* dst, const std::byte* src, std::size_t bytes) override;
   void stop() noexcept override;
@@ -89,8 +90,9 @@ class CudaDevice final : public feplb::Device {
   Context context_of(Address address) const;
   void make_stream(StreamState& state);
   void reach(const DeviceContext& peer);
-  Address address_of(const Flag* flag) const { return board_->at(flag); }
+  Address address_of(const Flag* flag) const;
   void write_words(StreamState& state, const std::vector<std::pair<Address, uint32_t>>& words);
+  void copy_word(StreamState& state, const std::vector<Address>& targets, uint32_t value);
   void copy_chunks(StreamState& state);
   void give_back();
   void abandon() noexcept;
@@ -208,12 +210,24 @@ void CudaDevice::after_event(StreamKind kind, Event event) {
   state.awaited = event;
 }
 
+// Where streams write and await it.
+Address CudaDevice::address_of(const Flag* flag) const {
+  for (const FlagPlace& place : options_.flags_in_arenas) {
+    if (flag < place.on_board || flag >= place.on_board + place.count) continue;
+    const auto offset = static_cast<std::size_t>(flag - place.on_board) * sizeof(Flag);
+    return reinterpret_cast<Address>(place.in_arena) + offset;
+  }
+  return board_->at(flag);
+}
+
 WaitResult CudaDevice::wait_flag(const Flag* flag, Epoch epoch, const WaitLimits& /*limits*/) {
   const CurrentContext current(*context_);
+  StreamState& compute = at(StreamKind::kCompute);
   marker_.note_wait();
-  driver().check(driver().stream_wait_value(at(StreamKind::kCompute).stream, address_of(flag),
-                                            epoch, kWaitAtLeast),
-                 "enqueueing the wait for a flag");
+  driver().check(
+      driver().stream_wait_value(compute.stream, address_of(flag), epoch, kWaitAtLeast),
+      "enqueueing the wait for a flag");
+  if (!lifts_flags()) write_words(compute, {{board_->at(flag), epoch}});
   return WaitResult::kEnqueued;
 }
 
@@ -272,11 +286,31 @@ void CudaDevice::write_flag(StreamKind kind, Flag* flag, Epoch epoch) {
 // same call, how many of them have passed.
 void CudaDevice::write_flags(StreamKind kind, const std::vector<Flag*>& flags, Epoch epoch) {
   std::vector<std::pair<Address, uint32_t>> words;
-  for (const Flag* flag : flags) words.emplace_back(address_of(flag), epoch);
+  std::vector<Address> of_peers;
+  for (const Flag* flag : flags) {
+    const Address address = address_of(flag);
+    if (lifts_flags() || address == board_->at(flag)) {
+      words.emplace_back(address, epoch);
+    } else {
+      of_peers.push_back(address);
+    }
+  }
   if (kind == StreamKind::kCompute)
     words.emplace_back(own_->at(marker_.word()), marker_.num_waits());
   const CurrentContext current(*context_);
-  write_words(at(kind), words);
+  if (!of_peers.empty()) copy_word(at(kind), of_peers, epoch);
+  if (!words.empty()) write_words(at(kind), words);
+}
+
+// To words of other GPUs, which lie side by side in no call but a batch.
+void CudaDevice::copy_word(StreamState& state, const std::vector<Address>& targets,
+                           uint32_t value) {
+  driver().check(driver().stream_write_value(state.stream, state.word, value, kWriteDefault),
+                 "enqueueing a flag");
+  destinations_ = targets;
+  sources_.assign(targets.size(), state.word);
+  sizes_.assign(targets.size(), sizeof(value));
+  copy_chunks(state);
 }
 
 void CudaDevice::write_words(StreamState& state,

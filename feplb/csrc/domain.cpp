@@ -12,14 +12,7 @@
 namespace feplb {
 namespace {
 
-constexpr const char* kProving = "proving the lane at start-up";
 constexpr uint64_t kLastSeq = (uint64_t{1} << 31) - 1;
-
-int max_local_experts(const std::vector<LayerShape>& layers) {
-  int most = 0;
-  for (const LayerShape& shape : layers) most = std::max(most, shape.num_local_experts);
-  return most;
-}
 
 void keep_for_ever(std::shared_ptr<void> memory) {
   static std::mutex mutex;
@@ -41,7 +34,8 @@ std::vector<int> peers_of(const std::vector<RoutedMove>& moves, RankOf rank_of) 
 
 }  // namespace
 
-Domain::Domain(DomainConfig config, DomainMemory memory, std::unique_ptr<Device> device)
+Domain::Domain(DomainConfig config, DomainMemory memory, std::unique_ptr<Device> device,
+               RelaySockets sockets)
     : config_(std::move(config)),
       memory_(std::move(memory)),
       layout_(config_.layers, config_.num_slots, config_.num_grad_slots),
@@ -50,8 +44,16 @@ Domain::Domain(DomainConfig config, DomainMemory memory, std::unique_ptr<Device>
       device_(std::move(device)),
       failure_(board_, config_.rank, caller_bell_),
       mover_(config_.rank, layout_, board_, *device_, failure_, caller_bell_),
-      watchdog_(config_.rank, config_.pids, board_, *device_, failure_),
-      pid_(getpid()) {}
+      watchdog_(config_.rank, config_.pids, board_, *device_, failure_, config_.deadline_s),
+      pid_(getpid()) {
+  if (sockets.empty()) return;
+  relay_ = std::make_unique<Relay>(config_.rank, board_, failure_, std::move(sockets),
+                                   config_.deadline_s,
+                                   [this](int rank) { watchdog_.peer_died(rank); });
+  board_.echo_to(config_.rank, relay_.get());
+  // From here on: start-up has failures to tell, too.
+  relay_thread_ = Worker(cat("feplb-", own_global_rank(), "-relay"), [this] { relay_->run(); });
+}
 
 Domain::~Domain() {
   close();
@@ -59,6 +61,8 @@ Domain::~Domain() {
     // The threads are not here, and joining them would hang: leave everything to the exit.
     mover_thread_.abandon();
     watchdog_thread_.abandon();
+    relay_thread_.abandon();
+    static_cast<void>(relay_.release());
     static_cast<void>(device_.release());
   }
 }
@@ -91,6 +95,10 @@ void Domain::close() noexcept {
   watchdog_.stop();
   watchdog_thread_.join();
   watchdog_.close_fds();
+  if (relay_) relay_->stop();
+  relay_thread_.join();
+  board_.echo_to(-1, nullptr);
+  relay_.reset();  // its sockets end: peers know already that this rank has closed
   const bool is_drained = device_->compute_drained();
   device_->stop();
   // Views that are still alive keep the mapping, and so does a stream that waits for ever.
@@ -323,6 +331,7 @@ void Domain::release(Region region, uint64_t seq) {
   Flag* flag = board_.released(config_.rank, region, region_half(region, seq));
   on_device("handing memory of the arena back",
             [&] { device_->write_flag(StreamKind::kCompute, flag, static_cast<Epoch>(seq)); });
+  if (relay_) relay_->expect_release(region, region_half(region, seq), static_cast<Epoch>(seq));
   if (!device_->is_inline()) return;  // the device writes later; movers that wait for it poll
   for (int rank = 0; rank < config_.num_ranks; ++rank) {
     if (rank != config_.rank) board_.bell(rank).ring(kReleaseRing);
@@ -397,95 +406,7 @@ void Domain::fail(const std::string& text) {
 }
 
 double Domain::prove_lane(std::size_t bytes) {
-  return on_device(kProving, [&] { return carry_pattern(bytes); });
-}
-
-double Domain::carry_pattern(std::size_t bytes) {
-  constexpr const char* kPhase = kProving;
-  const auto pattern = [](int src, int dst, std::size_t i) {
-    return static_cast<std::byte>(
-        (i * 31 + static_cast<std::size_t>(src) * 7 + static_cast<std::size_t>(dst) * 13 + 1) &
-        0xff);
-  };
-  const auto place = [&](int owner, int src) {
-    return memory_.arenas[static_cast<std::size_t>(owner)] + static_cast<std::size_t>(src) * bytes;
-  };
-  seq_ = 1;  // the canary's epoch; calls count on from here
-  const double gbps = measured_gbps(bytes);
-  std::vector<std::byte> buffer(bytes);
-  for (int dst = 0; dst < config_.num_ranks; ++dst) {
-    if (dst == config_.rank) continue;
-    for (std::size_t i = 0; i < bytes; ++i) buffer[i] = pattern(config_.rank, dst, i);
-    device_->put(place(config_.rank, config_.rank), buffer.data(), bytes);
-    Flag* flag = board_.inbound(dst, config_.rank, kRowsFlag);
-    device_->copy_batch(StreamKind::kPushes, {CopyOp{place(dst, config_.rank),
-                                                     place(config_.rank, config_.rank), bytes}});
-    device_->write_flag(StreamKind::kPushes, flag, 1);
-    await_on_host(flag, 1, kPhase, "this rank's own copies");
-  }
-  for (int src = 0; src < config_.num_ranks; ++src) {
-    if (src == config_.rank) continue;
-    await_on_host(board_.inbound(config_.rank, src, kRowsFlag), 1, kPhase,
-                  cat("rank ", board_.global_rank(src)));
-    await_flag(src, kRowsFlag, 1, kPhase);
-    device_->mark_compute();
-    drain();  // the wait in the stream has seen the flag, too
-    device_->get(buffer.data(), place(config_.rank, src), bytes);
-    for (std::size_t i = 0; i < bytes; ++i) {
-      if (buffer[i] == pattern(src, config_.rank, i)) continue;
-      failure_.poison(cat("byte ", i, " of rank ", board_.global_rank(src), "'s pattern is ",
-                          static_cast<int>(buffer[i]), ", expected ",
-                          static_cast<int>(pattern(src, config_.rank, i)),
-                          ": this lane does not carry data"));
-      check_failure(kPhase);
-    }
-  }
-  return gbps;
-}
-
-// Copies alone, a few at a time, so that waking the engine hardly counts, into this rank's place in
-// its neighbour's arena, before the pattern goes there. On a host lane out of more memory than
-// caches keep. The fastest time: other work only ever slows a copy, and on a busy machine a short
-// one is more often left alone.
-double Domain::measured_gbps(std::size_t bytes) {
-  constexpr std::size_t kTimes = 24;
-  constexpr std::size_t kCopies = 4;
-  constexpr std::size_t kPieces = 16;  // of the source
-  if (config_.num_ranks < 2 || bytes == 0) return 0;
-  const auto rank = static_cast<std::size_t>(config_.rank);
-  const bool is_host = device_->is_inline();
-  const std::vector<std::byte> memory(is_host ? kPieces * bytes : 0, std::byte{1});
-  const auto source = [&](std::size_t i) {
-    return is_host ? memory.data() + i % kPieces * bytes : memory_.arenas[rank] + rank * bytes;
-  };
-  std::byte* const target =
-      memory_.arenas[(rank + 1) % static_cast<std::size_t>(config_.num_ranks)] + rank * bytes;
-  Flag* const done = board_.released(config_.rank, kRowsRegion, 0);  // nobody looks at it yet
-  double fastest = 0;
-  for (std::size_t time = 0; time < kTimes; ++time) {
-    std::vector<CopyOp> copies;
-    for (std::size_t i = 0; i < kCopies; ++i) {
-      copies.push_back(CopyOp{target, source(time * kCopies + i), bytes});
-    }
-    const auto epoch = static_cast<Epoch>(time + 1);
-    const TimePoint start = Clock::now();
-    device_->copy_batch(StreamKind::kPushes, copies);
-    device_->write_flag(StreamKind::kPushes, done, epoch);
-    await_on_host(done, epoch, "measuring the lane at start-up", "this rank's own copies");
-    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-    fastest = std::max(fastest, static_cast<double>(kCopies * bytes) / seconds / 1e9);
-  }
-  done->epoch.store(0);
-  return fastest;
-}
-
-void Domain::await_on_host(const Flag* flag, Epoch epoch, const char* phase,
-                           const std::string& whom) {
-  const auto done = [&] { return epoch_reached(flag->epoch.load(), epoch) || board_.aborted(); };
-  const WaitResult result = device_->is_inline() ? device_->wait_flag(flag, epoch, limits())
-                                                 : device_->wait_host(caller_bell_, done, limits());
-  if (board_.aborted()) failure_.poison(board_.abort_text());  // no thread of ours looks yet
-  settle(result, phase, whom);
+  return on_device(kProvingLane, [&] { return carry_pattern(bytes); });
 }
 
 void Domain::drain() {

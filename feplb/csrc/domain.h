@@ -32,6 +32,7 @@
 #include "device.h"
 #include "failure.h"
 #include "mover.h"
+#include "relay.h"
 #include "watchdog.h"
 
 namespace feplb {
@@ -46,9 +47,15 @@ struct DomainConfig {
   std::vector<LayerShape> layers;
   int num_slots = 0;
   int num_grad_slots = 0;
-  std::vector<pid_t> pids;        // [num_ranks]
+  std::vector<pid_t> pids;        // [num_ranks]; 0 where a rank is on another host
   std::vector<int> global_ranks;  // [num_ranks], see CountBoard
 };
+
+// To every other rank of a domain over several hosts, which has a board in each process; empty
+// where the board is shared memory. See Relay.
+using RelaySockets = std::vector<Fd>;
+
+constexpr const char* kProvingLane = "proving the lane at start-up";
 
 // What messages call the call under way.
 struct CallName {
@@ -67,7 +74,8 @@ struct DomainMemory {
 
 class Domain {
  public:
-  Domain(DomainConfig config, DomainMemory memory, std::unique_ptr<Device> device);
+  Domain(DomainConfig config, DomainMemory memory, std::unique_ptr<Device> device,
+         RelaySockets sockets = {});
   ~Domain();
 
   // Starts mover and watchdog, once every rank has built its domain.
@@ -125,6 +133,10 @@ class Domain {
   void post(Level level, std::vector<Push> pushes);
   Event record_compute();
   double carry_pattern(std::size_t bytes);
+  std::byte* pattern_place(int owner, int src, std::size_t bytes) const;
+  Flag* own_word() const;
+  void push_pattern(int dst, std::vector<std::byte>& buffer);
+  void check_pattern(int src, std::vector<std::byte>& buffer);
   void handshake(Level level, const char* phase);
   void await_flag(int src_rank, FlagKind kind, uint64_t seq, const char* phase);
   void await_event(Event event, const char* phase);
@@ -151,6 +163,7 @@ class Domain {
   Failure failure_;
   Mover mover_;
   Watchdog watchdog_;
+  std::unique_ptr<Relay> relay_;  // only where the domain spans hosts
   pid_t pid_;
   bool closed_ = false;
   bool is_driven_ = false;  // the lane runs all threads (simulation): only its mover may plan
@@ -162,6 +175,7 @@ class Domain {
 
   Worker mover_thread_;  // last: they use all of the above
   Worker watchdog_thread_;
+  Worker relay_thread_;
 };
 
 }  // namespace feplb

@@ -13,9 +13,11 @@ namespace feplb {
 class LaneDoor {
  public:
   virtual ~LaneDoor() = default;
-  // `name` is for the lane's threads; board and arenas [num_ranks] outlive the device.
+  // `name` is for the lane's threads; board and arenas [num_ranks] outlive the device. `flags`
+  // [num_ranks], empty on one host, is for lanes that go to others.
   virtual std::unique_ptr<Device> make(const std::string& name, SharedMemory& board,
-                                       const std::vector<std::shared_ptr<Mapping>>& arenas) = 0;
+                                       const std::vector<std::shared_ptr<Mapping>>& arenas,
+                                       const std::vector<FlagPlace>& flags) = 0;
 };
 
 }  // namespace feplb

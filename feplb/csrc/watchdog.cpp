@@ -17,6 +17,10 @@ namespace {
 // end it at once. While lifted flags must stay lifted, look often.
 constexpr int kNapMs = 250;
 constexpr int kLiftMs = 2;
+// What a stuck process gets to say what happened and to save what it can; never more than
+// deadline_s.
+constexpr double kMostPatienceS = 10;
+constexpr int kStuckExit = 70;
 
 Fd open_pidfd(int rank, pid_t pid) {
   Fd fd(static_cast<int>(syscall(SYS_pidfd_open, pid, 0)));
@@ -31,15 +35,18 @@ Fd open_pidfd(int rank, pid_t pid) {
 }  // namespace
 
 Watchdog::Watchdog(int rank, const std::vector<pid_t>& pids, CountBoard& board, Device& device,
-                   Failure& failure)
-    : pids_(pids),
+                   Failure& failure, double deadline_s)
+    : rank_(rank),
+      patience_(std::chrono::duration_cast<Clock::duration>(
+          std::chrono::duration<double>(std::min(deadline_s, kMostPatienceS)))),
+      pids_(pids),
       board_(board),
       device_(device),
       failure_(failure),
       wake_(eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
   if (!wake_) throw Error(errno_text("eventfd", errno));
   for (std::size_t peer = 0; peer < pids.size(); ++peer) {
-    if (static_cast<int>(peer) == rank || pids[peer] == getpid()) continue;
+    if (static_cast<int>(peer) == rank || pids[peer] == 0 || pids[peer] == getpid()) continue;
     const int at = static_cast<int>(peer);
     peers_.push_back(Peer{at, pids[peer], open_pidfd(board.global_rank(at), pids[peer])});
   }
@@ -65,7 +72,24 @@ void Watchdog::run() noexcept {
 void Watchdog::look() {
   look_at_waits();
   if (!failure_.poisoned() && board_.aborted()) failure_.poison(board_.abort_text());
-  if (failure_.poisoned() && !device_.compute_drained()) failure_.lift();
+  if (!failure_.poisoned() || device_.compute_drained()) return;
+  failure_.lift();
+  if (!device_.lifts_flags()) end_if_stuck();
+}
+
+// Nobody can say it to Python: its thread may be inside the driver, behind the wait.
+void Watchdog::end_if_stuck() {
+  const Clock::duration now = Clock::now().time_since_epoch();
+  int64_t none = 0;
+  const int64_t end = (now + patience_).count();
+  if (end_ns_.compare_exchange_strong(none, end) || now.count() < none) return;
+  const std::string text =
+      cat("feplb (rank ", board_.global_rank(rank_), "): ", failure_.text(),
+          ". A stream of this GPU waits for a flag that only the peer could write, so this process "
+          "is ended (exit status ",
+          kStuckExit, "). Restart the job from its last checkpoint.\n");
+  static_cast<void>(!write(STDERR_FILENO, text.data(), text.size()));
+  _exit(kStuckExit);
 }
 
 void Watchdog::nap() {
@@ -89,9 +113,9 @@ void Watchdog::look_at_peers() {
 
 void Watchdog::peer_died(int rank) {
   if (board_.state(rank) == RankState::kClosed) return;
-  failure_.poison(cat("peer rank ", board_.global_rank(rank), " (pid ",
-                      pids_[static_cast<std::size_t>(rank)],
-                      ") died; last seen: ", board_.last_seen(rank)));
+  const pid_t pid = pids_[static_cast<std::size_t>(rank)];
+  failure_.poison(cat("peer rank ", board_.global_rank(rank), pid == 0 ? "" : cat(" (pid ", pid, ")"),
+                      " died; last seen: ", board_.last_seen(rank)));
 }
 
 void Watchdog::look_at_waits() {

@@ -19,9 +19,9 @@ namespace feplb {
 
 class Watchdog {
  public:
-  // pids[r] = process of rank r; ranks that live in this process are not watched.
+  // pids[r] = process of rank r, to be watched; 0, or this process, is not.
   Watchdog(int rank, const std::vector<pid_t>& pids, CountBoard& board, Device& device,
-           Failure& failure);
+           Failure& failure, double deadline_s);
 
   // A wait that lies in a stream, or is about to: `what` is the sentence to raise when `deadline`
   // passes first.
@@ -49,7 +49,10 @@ class Watchdog {
   void look_at_peers();
   void look_at_waits();
   void nap();
+  void end_if_stuck();
 
+  const int rank_;
+  const Clock::duration patience_;  // between a failure and the end of a process that is stuck
   const std::vector<pid_t> pids_;
   CountBoard& board_;
   Device& device_;
@@ -58,6 +61,7 @@ class Watchdog {
   Fd wake_;  // eventfd: stop() ends a nap
   std::mutex mutex_;
   std::vector<StreamWait> waits_;
+  std::atomic<int64_t> end_ns_{0};  // when a stuck process is ended; 0: it is not stuck
   std::atomic<bool> stopping_{false};
 };
 

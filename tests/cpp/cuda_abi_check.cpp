@@ -61,6 +61,7 @@ SAME_VALUE(kPreferOverlap, CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE);
 SAME_VALUE(kLocationDevice, CU_MEM_LOCATION_TYPE_DEVICE);
 SAME_VALUE(kAllocationPinned, CU_MEM_ALLOCATION_TYPE_PINNED);
 SAME_VALUE(kHandlePosix, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
+SAME_VALUE(kHandleFabric, CU_MEM_HANDLE_TYPE_FABRIC);
 SAME_VALUE(kAccessReadWrite, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
 SAME_VALUE(kGranularityRecommended, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED);
 
@@ -76,6 +77,8 @@ static_assert(std::is_same_v<AllocationHandle, CUmemGenericAllocationHandle>,
               "AllocationHandle is CUmemGenericAllocationHandle");
 SAME_SIZE(IpcHandle, CUipcMemHandle);
 SAME_PLACE(IpcHandle, reserved, CUipcMemHandle, reserved);
+SAME_SIZE(FabricHandle, CUmemFabricHandle);
+SAME_PLACE(FabricHandle, data, CUmemFabricHandle, data);
 SAME_SIZE(Uuid, CUuuid);
 SAME_PLACE(Uuid, bytes, CUuuid, bytes);
 

@@ -250,7 +250,7 @@ TEST(cuda_arena_behind_a_descriptor_outlives_its_exporter) {
   check_bytes(own->data(), std::byte{0});
   std::memset(own->data(), 0x42, kArenaBytes);
   feplb::Fd fd = own->export_fd();
-  const auto opened = DeviceArena::open(first_gpu(), kArenaBytes, fd.get());
+  const auto opened = DeviceArena::open_fd(first_gpu(), kArenaBytes, fd.get());
   fd.reset();
   own.reset();
   check_bytes(opened->data(), std::byte{0x42});
@@ -273,7 +273,7 @@ TEST(cuda_arena_behind_an_ipc_handle_outlives_its_exporter) {
   }
   std::string handle(sizeof(feplb::cuda::IpcHandle), '\0');
   CHECK_EQ(read(from_child[0], handle.data(), handle.size()), ssize_t(handle.size()));
-  const auto opened = DeviceArena::open(first_gpu(), kArenaBytes, handle);
+  const auto opened = DeviceArena::open_ipc(first_gpu(), kArenaBytes, handle);
   char go = 'g';
   CHECK(write(to_child[1], &go, 1) == 1 && read(from_child[0], &go, 1) == 1, "the child is gone");
   check_bytes(opened->data(), std::byte{0x42});

@@ -22,7 +22,7 @@ struct Watched {
         board(memory.data(), 2, 1),
         failure(board, 0, caller),
         flag(board.inbound(0, 1, kRowsFlag)),
-        watchdog(0, {getpid(), peer}, board, device, failure) {
+        watchdog(0, {getpid(), peer}, board, device, failure, 60) {
     failure.note_call(5);
   }
   void watch(std::chrono::milliseconds from_now) {

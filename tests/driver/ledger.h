@@ -4,6 +4,7 @@
 //   STAND_IN_GPUS=2            GPUs in the machine
 //   STAND_IN_UUIDS_FROM=0      the first one's number in its UUID: masked GPUs differ in it
 //   STAND_IN_HAS_VMM=1         memory may be shared as a file descriptor
+//   STAND_IN_HAS_FABRIC=0      memory may be shared by a fabric handle
 //   STAND_IN_VERSION=13000     CUDA version that the driver supports
 //   STAND_IN_CALL_NS=6000      what every call that submits work costs
 //   STAND_IN_FAIL=cuMemSetAccess:217:3    this call fails with this code, after 3 that did not
@@ -57,6 +58,7 @@ class Ledger {
   std::atomic<int> num_gpus{1};
   int uuids_from = 0;
   bool has_vmm = true;
+  bool has_fabric = false;
   int version = 13000;
   std::atomic<int64_t> call_ns{0};
   std::atomic<int> capturing{0};
@@ -135,6 +137,7 @@ class Ledger {
     num_gpus = static_cast<int>(number("STAND_IN_GPUS", num_gpus));
     uuids_from = static_cast<int>(number("STAND_IN_UUIDS_FROM", 0));
     has_vmm = number("STAND_IN_HAS_VMM", 1) != 0;
+    has_fabric = number("STAND_IN_HAS_FABRIC", 0) != 0;
     version = static_cast<int>(number("STAND_IN_VERSION", version));
     call_ns = number("STAND_IN_CALL_NS", 0);
     capturing = static_cast<int>(number("STAND_IN_CAPTURING", 0));

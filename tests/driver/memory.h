@@ -18,6 +18,7 @@ struct Block {
   std::size_t bytes = 0;
   int fd = -1;       // of plain allocations
   bool open = true;  // may be read and written
+  bool of_peer = false;
 };
 
 class Memory {
@@ -57,6 +58,12 @@ class Memory {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto found = blocks_.find(address);
     return found == blocks_.end() ? -1 : found->second.fd;
+  }
+  // Streams write words of their own GPU and of the host only.
+  bool is_of_peer(uint64_t address) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto after = blocks_.upper_bound(address);
+    return after != blocks_.begin() && (--after)->second.of_peer;
   }
   // Does all of it lie in memory that was allocated, mapped or pinned, and opened?
   bool holds(uint64_t address, std::size_t bytes) {

@@ -2,6 +2,8 @@
 // strict where the real one is. It writes down what it is asked, fails and blocks where it is told
 // to (ledger.h), and costs what a call costs. A shared library of its own, opened in libcuda's
 // place.
+#include <fcntl.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -83,6 +85,7 @@ void wait_for(Address address, uint32_t value) {
 
 Result enqueue_mem_op(Stream stream, int operation, Address address, uint32_t value) {
   if (!may_write(address, sizeof(value)) || address % sizeof(value) != 0) return kInvalidValue;
+  if (Memory::the().is_of_peer(address)) return kNotSupported;
   if (operation == kWaitValue32) {
     enqueue(stream, [address, value] { wait_for(address, value); });
   } else if (operation == kWriteValue32) {
@@ -219,7 +222,7 @@ Result cuDeviceGetAttribute(int* value, int attribute, Device) {
   *value = attribute == kComputeCapabilityMajor   ? 9
            : attribute == kComputeCapabilityMinor ? 0
            : attribute == kAsyncEngineCount       ? 3
-           : attribute == kFabricHandleSupported  ? 0
+           : attribute == kFabricHandleSupported  ? static_cast<int>(Ledger::the().has_fabric)
            : attribute == kPosixHandleSupported   ? static_cast<int>(Ledger::the().has_vmm)
                                                   : 1;
   return kSuccess;
@@ -560,26 +563,50 @@ Result cuMemCreate(AllocationHandle* handle, std::size_t bytes,
   return kSuccess;
 }
 
+// In the handle of a peer's memory, beside its descriptor.
+constexpr AllocationHandle kImported = AllocationHandle{1} << 32;
+int fd_of(AllocationHandle handle) { return static_cast<int>(handle & ~kImported) - 1; }
+
 Result cuMemRelease(AllocationHandle handle) {
   STAND_IN_ENTER("cuMemRelease", false);
   Ledger::the().gone("physical memory");
-  close(static_cast<int>(handle) - 1);
+  close(fd_of(handle));
   return kSuccess;
 }
+
+// What a fabric handle says, as far as one host is a fabric.
+struct FabricContent {
+  pid_t pid;
+  int fd;
+};
 
 Result cuMemExportToShareableHandle(void* shareable, AllocationHandle handle, int type,
                                     unsigned long long) {
   STAND_IN_ENTER("cuMemExportToShareableHandle", false);
-  if (type != kHandlePosix) return kNotSupported;
-  *static_cast<int*>(shareable) = dup(static_cast<int>(handle) - 1);
+  const int fd = fd_of(handle);
+  if (type == kHandlePosix) {
+    *static_cast<int*>(shareable) = dup(fd);
+    return kSuccess;
+  }
+  if (type != kHandleFabric) return kNotSupported;
+  FabricContent content{getpid(), fd};
+  std::memcpy(shareable, &content, sizeof(content));
   return kSuccess;
 }
 
 Result cuMemImportFromShareableHandle(AllocationHandle* handle, void* shareable, int type) {
   STAND_IN_ENTER("cuMemImportFromShareableHandle", false);
-  const int fd = dup(static_cast<int>(reinterpret_cast<std::intptr_t>(shareable)));
-  if (type != kHandlePosix || fd < 0) return kInvalidHandle;
-  *handle = static_cast<AllocationHandle>(fd) + 1;
+  int fd = -1;
+  if (type == kHandlePosix) fd = dup(static_cast<int>(reinterpret_cast<std::intptr_t>(shareable)));
+  if (type == kHandleFabric) {
+    FabricContent content;
+    std::memcpy(&content, shareable, sizeof(content));
+    const std::string path =
+        "/proc/" + std::to_string(content.pid) + "/fd/" + std::to_string(content.fd);
+    fd = open(path.c_str(), O_RDWR | O_CLOEXEC);
+  }
+  if (fd < 0) return kInvalidHandle;
+  *handle = (static_cast<AllocationHandle>(fd) + 1) | kImported;
   Ledger::the().made("physical memory");
   return kSuccess;
 }
@@ -605,9 +632,9 @@ Result cuMemMap(Address address, std::size_t bytes, std::size_t, AllocationHandl
                 unsigned long long) {
   STAND_IN_ENTER("cuMemMap", false);
   void* mapped = mmap(reinterpret_cast<void*>(address), bytes, PROT_NONE, MAP_SHARED | MAP_FIXED,
-                      static_cast<int>(handle) - 1, 0);
+                      fd_of(handle), 0);
   if (mapped == MAP_FAILED) return kInvalidValue;
-  Memory::the().add(address, Block{bytes, -1, false});
+  Memory::the().add(address, Block{bytes, -1, false, (handle & kImported) != 0});
   Ledger::the().made("mapping");
   return kSuccess;
 }
