@@ -7,11 +7,12 @@ Environment (read once, by ``read_environment``): ``FEPLB_LOG`` a logging level 
 logger; ``FEPLB_LANE`` the lane where the config says ``lane="auto"``; ``FEPLB_OFF=1`` turns every
 policy into ``none``; ``FEPLB_DOMAIN`` names the domain of this rank where its host's name would not
 do (containers that share a host but no memory; hosts that one NVLink fabric joins);
-``FEPLB_HOST_ADDRESS`` the address under which ranks on other hosts reach this one; ``FEPLB_LIBCUDA``
-the driver's library where it is not ``libcuda.so.1``. Any other ``FEPLB_*`` variable is an error: a
-misspelt switch must not pass silently. Of CUDA's own, ``CUDA_DEVICE_MAX_CONNECTIONS`` and
-``CUDA_DEVICE_MAX_COPY_CONNECTIONS`` (``check_queues``); for ``feplb doctor`` also
-``CUDA_VISIBLE_DEVICES`` and torch's ``PYTORCH_ALLOC_CONF`` (or ``PYTORCH_CUDA_ALLOC_CONF``).
+``FEPLB_HOST_ADDRESS`` where ranks on other hosts reach this one; ``FEPLB_LIBCUDA`` the driver's
+library where it is not ``libcuda.so.1``. Any other ``FEPLB_*`` variable is an error: a misspelt
+switch must not pass silently. Of torchrun's own, the job's name and ``MASTER_ADDR``; of CUDA's,
+``CUDA_DEVICE_MAX_CONNECTIONS`` and ``CUDA_DEVICE_MAX_COPY_CONNECTIONS`` (``check_queues``); for
+``feplb doctor`` also ``CUDA_VISIBLE_DEVICES`` and torch's ``PYTORCH_ALLOC_CONF`` (or
+``PYTORCH_CUDA_ALLOC_CONF``).
 """
 
 from __future__ import annotations

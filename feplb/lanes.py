@@ -1,9 +1,9 @@
 """Lanes: how the bytes of a domain travel, opened on this rank and shared with its peers.
 
 ``host``: arenas in shared memory of the host, copied by threads. ``ce``: arenas on the GPUs, copied
-by their copy engines; a peer gets a rank's arena as a file descriptor over a Unix socket ("vmm"), as
-a CUDA IPC handle ("ipc") or as a fabric handle ("fabric"). ``cupy``: the same in Python (cupy_lane.py). Used at start-up only;
-everything a lane waits for has a deadline.
+by their copy engines; a peer gets a rank's arena as a file descriptor over a Unix socket ("vmm"),
+as a CUDA IPC handle ("ipc") or as a fabric handle ("fabric"). ``cupy``: the same in Python
+(cupy_lane.py). Used at start-up only; everything a lane waits for has a deadline.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import torch
 
 from .config import BalancerConfig, Environment
 from .cupy_lane import CupyLane
-from .observe.nvlink import Gpu, Topology, read_topology
+from .links import check_fabric, check_nvlink
+from .observe.nvlink import read_topology
 from .peers import DomainRanks, Peers
 from .scheduler.machines import Machine
 
@@ -158,12 +159,12 @@ class CopyEngineLane:
             )
         is_real = not self.core.is_stand_in
         self.device = torch.device("cuda", ordinal) if is_real else torch.device("cpu")
+        self._ordinal = ordinal
         self._way = self._choose_way(config.arena_handle, over_hosts)
         where = ", flags in GPU memory" if over_hosts else ""
         self.description = f"ce ({self.core.calls}{where}, {self._way} arena)"
         self.canary_bytes = _CE_CANARY_BYTES
         self._own: Any = None
-        self._ordinal = ordinal
         self._over_hosts = over_hosts
         self._opened: list[Any] = []
 
@@ -253,70 +254,6 @@ class CopyEngineLane:
     def arenas(self, open_segment: OpenSegment, domain: DomainRanks, num_bytes: int) -> list[Any]:
         opened, self._opened, self._own = self._opened, [], None
         return opened
-
-
-def _why_not(topology: Topology) -> list[str]:
-    pairs = sorted({pair.why_not for pair in topology.pairs if not pair.joined})
-    return [text for text in (topology.problem, *topology.refused, *pairs) if text]
-
-
-def check_nvlink(
-    uuids: Sequence[str], global_ranks: Sequence[int], *, topology: Topology | None = None
-) -> None:
-    """Refuse a domain whose GPUs are not all joined by NVLink; unknown means no.
-
-    Args:
-        uuids: the GPU of every rank, as nvidia-smi writes it. Ranks may share one.
-        global_ranks: what messages call them.
-        topology: as NVML has it; None: read.
-    Raises:
-        RuntimeError: names the first two ranks.
-    """
-    if len(set(uuids)) == 1:
-        return
-    topology = topology or read_topology(sorted(set(uuids)))
-    for b, second in enumerate(uuids):
-        for a, first in enumerate(uuids[:b]):
-            if first == second or topology.are_joined(first, second):
-                continue
-            said = "; ".join(_why_not(topology))
-            why = f" NVML: {said}." if said else ""
-            raise RuntimeError(
-                f"the GPUs of ranks {global_ranks[a]} ({first}) and {global_ranks[b]} ({second}) "
-                f"are not known to be joined by NVLink.{why} The ce lane moves rows through NVLink "
-                "only. Give each NVLink domain a name of its own in FEPLB_DOMAIN; install "
-                "nvidia-ml-py if NVML could not be asked; `feplb doctor` shows what it says."
-            )
-
-
-def check_fabric(gpus: Sequence[Gpu], global_ranks: Sequence[int]) -> None:
-    """Refuse a domain over hosts whose GPUs are not all in one NVLink fabric; unknown means no.
-
-    Args:
-        gpus: the GPU of every rank, as NVML of its own host has it.
-        global_ranks: what messages call them.
-    Raises:
-        RuntimeError: names the first rank whose GPU is in no fabric, or two that are in different.
-    """
-    advice = (
-        "A domain over several hosts moves rows through one NVLink fabric only. Give each NVLink "
-        "domain a name of its own in FEPLB_DOMAIN; `feplb doctor` shows what NVML says."
-    )
-    for rank, gpu in zip(global_ranks, gpus, strict=True):
-        state = gpu.fabric.state if gpu.fabric is not None else gpu.problem or "not said by NVML"
-        if state != "completed":
-            raise RuntimeError(
-                f"the GPU of rank {rank} ({gpu.asked}) is in no NVLink fabric: its state is "
-                f"{state}, expected completed. {advice}"
-            )
-    places = [(gpu.fabric.cluster, gpu.fabric.clique) for gpu in gpus if gpu.fabric is not None]
-    for rank, place in zip(global_ranks, places, strict=True):
-        if place != places[0]:
-            raise RuntimeError(
-                f"the GPUs of ranks {global_ranks[0]} and {rank} are in different NVLink fabrics: "
-                f"cluster {places[0][0]}, clique {places[0][1]}, and cluster {place[0]}, clique "
-                f"{place[1]}. {advice}"
-            )
 
 
 class _Sockets:

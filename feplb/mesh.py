@@ -51,9 +51,15 @@ def connect_mesh(
         def listen() -> tuple[socket.socket, str]:
             address = own_address(environment)
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
-            listener = socket.create_server(
-                (address, 0), family=family, backlog=domain.num_ranks
-            )
+            try:
+                listener = socket.create_server(
+                    (address, 0), family=family, backlog=domain.num_ranks
+                )
+            except OSError as error:
+                raise RuntimeError(
+                    f"this host cannot be reached by others under FEPLB_HOST_ADDRESS={address}: "
+                    f"{error}. Set it to an address of this host."
+                ) from error
             return open_until_done.enter_context(listener), address
 
         made: list[tuple[socket.socket, str]] = []
@@ -64,9 +70,7 @@ def connect_mesh(
         sockets: dict[int, socket.socket] = {}
         try:
             peers.together(lambda: sockets.update(_reach(domain, places, deadline_s)))
-            peers.together(
-                lambda: sockets.update(_answer(domain, listener, token, deadline_s))
-            )
+            peers.together(lambda: sockets.update(_answer(domain, listener, token, deadline_s)))
         except BaseException:
             for made_socket in sockets.values():
                 made_socket.close()

@@ -33,8 +33,8 @@ NODE = replace(GPU_NODE, gpu_nodes=0, kernel_driver="")
 ALLOWED = ProcessTrials(own_pidfd="", peer_pidfd="", peer_getfd="", passed_fd="")
 ENVIRONMENT = config.Environment(
     log_level=None, lane=None, off=False, domain=None, host_address=None, master_address=None,
-    job_id="job", restart_count="0", cuda_connections=None, cuda_copy_connections=None, cuda_library=None,
-    cuda_visible_devices=None, alloc_conf=None,
+    job_id="job", restart_count="0", cuda_connections=None, cuda_copy_connections=None,
+    cuda_library=None, cuda_visible_devices=None, alloc_conf=None,
 )  # fmt: skip
 
 

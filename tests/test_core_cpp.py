@@ -38,7 +38,7 @@ class Build:
 
 
 SIMULATED = ("sim_run", "test_interleavings", "test_fences", "test_faults", "test_sim")
-THREADED = ("test_host", "test_cuda_device", "test_cuda_waits")
+THREADED = ("test_host", "test_relay", "test_cuda_device", "test_cuda_waits")
 BY_HAND = ("test_board", "test_copies", "test_arena", "test_mover", "test_watchdog")
 PLAIN = Build("plain", ("-O2",), (*SIMULATED, *BY_HAND, *THREADED))
 SANITIZED = [

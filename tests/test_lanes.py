@@ -10,7 +10,8 @@ from nvml_stand_in import UUIDS, Nvml
 
 from feplb import BalancerConfig
 from feplb.config import read_environment
-from feplb.lanes import check_nvlink, gpu_of, lane_name
+from feplb.lanes import gpu_of, lane_name
+from feplb.links import check_nvlink
 from feplb.observe.nvlink import read_topology
 
 

@@ -7,12 +7,13 @@ between ranks goes through sockets. tests/cpp/test_relay.cpp has the relay by it
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import signal
+import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,11 @@ import torch.distributed as dist
 from balancer_cases import PLAIN, TWO_LAYERS, Arm, build, differences, resources_in_use
 from balancer_scenarios import attempt, call_and_check
 from ranks import run_ranks
-from stand_in import StandIn
-from test_ce_lane import Heard, train
+from test_ce_lane import Heard, on_a_machine_of_its_own, train
 
 from feplb import mesh, peers
 from feplb.config import read_environment
-from feplb.lanes import check_fabric
+from feplb.links import check_fabric
 from feplb.observe.nvlink import Fabric, Gpu
 
 NUM_RANKS, PER_HOST = 4, 2
@@ -60,7 +60,7 @@ CALLS = (
 
 
 def train_over_hosts(rank: int, num_ranks: int) -> list[tuple[list[str], int, int, str]]:
-    """Per way of calling: what differs from no Balancer, moves, bytes to the other host; the log."""
+    """Per way: what differs from no Balancer, moves, moves to the other host, and the log."""
     expected = train(Arm(rank, num_ranks, TWO_LAYERS, None))
     go_to_host(rank)
     heard = Heard()
@@ -99,3 +99,224 @@ def test_a_domain_over_hosts_has_the_bits_of_no_balancer(
         assert to_others > 0
         assert "flags in GPU memory, fabric arena" in logged
         assert "domain of ranks (0, 1, 2, 3)" in logged
+
+
+def train_in_unlike_domains(rank: int, num_ranks: int) -> tuple[list[str], int, tuple[int, ...]]:
+    """Ranks 0 and 1 are a domain over two hosts, ranks 2 and 3 one on a third."""
+    local = Arm(rank, num_ranks, TWO_LAYERS, None)
+    expected = train(local)
+    peers._kernel = lambda: f"kernel {min(rank, 2)}"  # type: ignore[assignment]
+    os.environ["FEPLB_DOMAIN"] = f"rack {rank // 2}"
+    with build(TWO_LAYERS) as balancer:
+        arm = Arm(rank, num_ranks, TWO_LAYERS, balancer)
+        return differences(train(arm), expected), arm.num_moves, balancer.global_ranks
+
+
+def test_domains_of_one_group_connect_alike_if_one_of_them_spans_hosts() -> None:
+    for rank, (wrong, num_moves, ranks) in enumerate(run_ranks(train_in_unlike_domains, 4)):
+        assert wrong == []
+        assert num_moves > 0
+        assert ranks == ((0, 1) if rank < 2 else (2, 3))
+
+
+# ------------------------------------------------------------------------------------- failures
+
+
+def build_and_call(rank: int, num_ranks: int, **config: Any) -> Arm:
+    """A Balancer over hosts that has made one call."""
+    go_to_host(rank, 1)
+    arm = Arm(rank, num_ranks, PLAIN, build(**config))
+    assert call_and_check(arm) == "same bits"
+    return arm
+
+
+def fall_at(arm: Arm, point: str, sig: int, stamp: str, *, fork: bool = False) -> None:
+    """Before the core's next ``point`` this process is killed or stopped."""
+    assert arm.balancer is not None
+    core = arm.balancer.domain.core
+
+    class Falling:
+        def __getattr__(self, name: str) -> Any:
+            if name != point:
+                return getattr(core, name)
+            if fork and os.fork() == 0:
+                time.sleep(8)
+                os._exit(0)
+            Path(stamp).write_text(str(time.monotonic()))
+            os.kill(os.getpid(), sig)
+            raise AssertionError("still alive")
+
+    arm.balancer.domain.core = Falling()
+
+
+def outlive(
+    rank: int, num_ranks: int, point: str, sig: int, fork: bool, stamp: str
+) -> tuple[str, float, bool]:
+    """What rank 0 hears of rank 1's fall, when, and whether nothing is left of its Balancer."""
+    deadline_s = 20.0 if sig == signal.SIGKILL else SHORT_S
+    first = build_and_call(rank, num_ranks).balancer
+    assert first is not None
+    first.close()
+    before = resources_in_use(num_threads=0)
+    arm = build_and_call(rank, num_ranks, deadline_s=deadline_s)
+    pids: list[Any] = [None] * num_ranks
+    dist.all_gather_object(pids, os.getpid())
+    if rank == 1:
+        fall_at(arm, point, sig, stamp, fork=fork)
+    said = attempt(lambda: call_and_check(arm))
+    raised = time.monotonic()
+    assert arm.balancer is not None
+    arm.balancer.close()
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pids[1], signal.SIGKILL)
+    return said, raised, resources_in_use(num_threads=0) == before
+
+
+FALLS = {
+    "killed": ("begin", signal.SIGKILL, False),
+    "killed with a forked child": ("begin", signal.SIGKILL, True),
+    "stopped": ("begin", signal.SIGSTOP, False),
+}
+
+
+@pytest.mark.parametrize("fall", FALLS)
+def test_a_rank_of_another_host_that_falls_is_named(fall: str, tmp_path: Path) -> None:
+    point, sig, fork = FALLS[fall]
+    stamp = tmp_path / "fell_at"
+    results = run_ranks(outlive, 2, point, sig, fork, str(stamp), may_die=[1])
+    assert results[0] is not None
+    said, raised, nothing_left = results[0]
+    seconds = raised - float(stamp.read_text())
+    if sig == signal.SIGKILL:
+        assert re.search(r"while waiting for the counts.*peer rank 1 died; last seen: ", said)
+        assert seconds < NOTICE_S
+    else:
+        assert re.search(r"no answer from rank 1 .* for 1\.5 s \(deadline_s\)", said)
+        assert 0.9 * SHORT_S < seconds < SHORT_S + NOTICE_S
+    assert nothing_left
+
+
+def be_left_with_a_wait(rank: int, num_ranks: int, folder: str) -> None:
+    """Rank 1's stream waits for rows that rank 0 cannot send any more."""
+    arm = build_and_call(rank, num_ranks, deadline_s=SHORT_S)
+    if rank == 0:
+        fall_at(arm, "post_rows", signal.SIGKILL, f"{folder}/fell_at")
+    else:
+        err = os.open(f"{folder}/stderr", os.O_CREAT | os.O_WRONLY)
+        os.dup2(err, 2)
+    call_and_check(arm)
+    raise AssertionError("the wait has ended")
+
+
+def test_a_process_whose_stream_cannot_be_freed_is_ended_and_says_why(tmp_path: Path) -> None:
+    results = run_ranks(be_left_with_a_wait, 2, str(tmp_path), may_die=[0, 1])
+    assert results == [None, None]
+    said = (tmp_path / "stderr").read_text()
+    assert re.search(r"feplb \(rank 1\): peer rank 0 died; last seen: ", said)
+    assert f"this process is ended (exit status {EXIT_OF_THE_STUCK})" in said
+
+
+# ------------------------------------------------------------------------------------- start-up
+
+LACKS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
+    "host lane": (
+        {"FEPLB_LANE": "host"}, {},
+        r"ValueError: lane='host': FEPLB_DOMAIN gives ranks of several hosts one name.*ce lane",
+    ),
+    "descriptors": (
+        {}, {"arena_handle": "vmm"},
+        r"ValueError: arena_handle='vmm' ends at the host.*\"fabric\" or \"auto\"",
+    ),
+    "no fabric": (
+        {"STAND_IN_HAS_FABRIC": "0"}, {},
+        r"RuntimeError: GPU 0 has no fabric handles.*NVL72.*nvidia-imex.*FEPLB_DOMAIN",
+    ),
+    "no imex channel": (
+        {"STAND_IN_FAIL": "cuMemCreate:800"}, {},
+        r"RuntimeError: an arena that is shared by a fabric .* refused: .*\(800\).*imex-channels",
+    ),
+    "a peer's handle is refused": (
+        {"STAND_IN_FAIL": "cuMemImportFromShareableHandle:800"}, {},
+        r"RuntimeError: opening a peer's arena by a fabric handle was refused: .*\(800\)",
+    ),
+    "no such address": (
+        {"FEPLB_HOST_ADDRESS": "192.0.2.1"}, {},
+        r"RuntimeError: (rank \d could not build its Balancer: )?.*FEPLB_HOST_ADDRESS=192\.0\.2\.1",
+    ),
+}  # fmt: skip
+
+
+def lack(rank: int, num_ranks: int, folder: str) -> dict[str, str]:
+    go_to_host(rank, 1)
+    given = dict(os.environ)
+    found = {}
+    for name, (variables, config, _) in LACKS.items():
+        on_a_machine_of_its_own(folder, rank, {"STAND_IN_HAS_FABRIC": "1", **variables})
+        found[name] = attempt(lambda config=config: build(**config))
+        os.environ.clear()
+        os.environ.update(given)
+    return found
+
+
+@pytest.fixture(scope="module")
+def lacking(fabric_machine: None, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return run_ranks(lack, 2, str(tmp_path_factory.mktemp("drivers")))
+
+
+@pytest.mark.parametrize("name", LACKS)
+def test_what_a_domain_over_hosts_needs_is_said(lacking: list[dict[str, str]], name: str) -> None:
+    for of_rank in lacking:
+        assert re.match(LACKS[name][2], of_rank[name], re.DOTALL), of_rank[name]
+
+
+def meet_strangers(rank: int, num_ranks: int) -> bool:
+    """Somebody else connects first, and says nothing of use."""
+    real = mesh._answer
+
+    def answer(domain: Any, listener: socket.socket, *rest: Any) -> Any:
+        with socket.create_connection(listener.getsockname()[:2]) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\nHost: example\r\n\r\n")
+            return real(domain, listener, *rest)
+
+    mesh._answer = answer
+    arm = build_and_call(rank, num_ranks)
+    assert arm.balancer is not None
+    arm.balancer.close()
+    return True
+
+
+def test_strangers_at_the_door_are_turned_away() -> None:
+    assert run_ranks(meet_strangers, 3) == [True] * 3
+
+
+def test_the_address_is_the_one_that_is_set_or_the_way_to_the_master(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert mesh.own_address(read_environment()) == "127.0.0.1"
+    monkeypatch.setenv("FEPLB_HOST_ADDRESS", "10.1.2.3")
+    assert mesh.own_address(read_environment()) == "10.1.2.3"
+
+
+def in_fabric(cluster: str = "a" * 32, clique: int = 1, state: str = "completed") -> Gpu:
+    fabric = Fabric(state=state, cluster=cluster, clique=clique)
+    return Gpu(asked="GPU-1", fabric=fabric)
+
+
+def test_gpus_of_one_fabric_may_be_a_domain() -> None:
+    check_fabric([in_fabric(), in_fabric()], [4, 5])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "text"),
+    [
+        (in_fabric(cluster="b" * 32), "ranks 4 and 5 are in different NVLink fabrics"),
+        (in_fabric(clique=2), "clique 1, and cluster a+, clique 2"),
+        (in_fabric(state="in progress"), "rank 5 .* in no NVLink fabric: its state is in progress"),
+        (Gpu(asked="GPU-1"), "its state is not said by NVML, expected completed"),
+        (Gpu(asked="GPU-1", problem="NVML does not start"), "its state is NVML does not start"),
+    ],
+)
+def test_gpus_of_no_fabric_or_of_two_are_refused(gpu: Gpu, text: str) -> None:
+    with pytest.raises(RuntimeError, match=text):
+        check_fabric([in_fabric(), gpu], [4, 5])

@@ -251,9 +251,12 @@ void bind_domain(py::module_& module) {
       .def_property_readonly("__cuda_array_interface__", &as_cuda_array);
   module.def("board_bytes", &CountBoard::bytes_needed, py::arg("num_ranks"),
              py::arg("max_local_experts"));
-  module.def("flag_bytes", [](int num_ranks) {
-    return static_cast<std::size_t>(num_ranks) * kNumFlagKinds * sizeof(Flag);
-  }, py::arg("num_ranks"));
+  module.def(
+      "flag_bytes",
+      [](int num_ranks) {
+        return static_cast<std::size_t>(num_ranks) * kNumFlagKinds * sizeof(Flag);
+      },
+      py::arg("num_ranks"));
   module.def("arena_parts", &arena_parts, py::arg("layers"), py::arg("num_slots"),
              py::arg("num_grad_slots"));
   py::class_<Domain>(module, "Domain")

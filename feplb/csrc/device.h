@@ -40,14 +40,14 @@ inline bool epoch_reached(Epoch seen, Epoch wanted) {
 }
 
 // One word of host shared memory: written by the sender's stream after its data, awaited by the
-// receiver's stream, read and lifted by the host as plain memory. Between hosts it stands for a word
-// of the receiver's GPU (device_cuda.h), and the receiver's stream writes it once it has that.
+// receiver's stream, read and lifted by the host as plain memory. Between hosts it stands for a
+// word of the receiver's GPU (device_cuda.h), and the receiver's stream writes it once it has that.
 struct Flag {
   std::atomic<uint32_t> epoch{0};
 };
 
-// A rank's inbound flags in a domain over several hosts: `count` words of the board, and the words of
-// its arena, as mapped here, that they stand for.
+// A rank's inbound flags in a domain over several hosts: `count` words of the board, and the words
+// of its arena, as mapped here, that they stand for.
 struct FlagPlace {
   const Flag* on_board;
   std::size_t count;

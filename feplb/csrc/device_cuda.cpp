@@ -224,9 +224,8 @@ WaitResult CudaDevice::wait_flag(const Flag* flag, Epoch epoch, const WaitLimits
   const CurrentContext current(*context_);
   StreamState& compute = at(StreamKind::kCompute);
   marker_.note_wait();
-  driver().check(
-      driver().stream_wait_value(compute.stream, address_of(flag), epoch, kWaitAtLeast),
-      "enqueueing the wait for a flag");
+  driver().check(driver().stream_wait_value(compute.stream, address_of(flag), epoch, kWaitAtLeast),
+                 "enqueueing the wait for a flag");
   if (!lifts_flags()) write_words(compute, {{board_->at(flag), epoch}});
   return WaitResult::kEnqueued;
 }

@@ -46,9 +46,9 @@ struct LaneOptions {
   CopyCall copies = CopyCall::kBatch;
   FlagCall flags = FlagCall::kMemOps;
   std::vector<PeerArena> peers;  // for CopyCall::kPeer, which must know both GPUs of a copy
-  // [num_ranks]; empty: flags lie on the board. Else peers write them by copies of four bytes, since
-  // a stream writes no word of another GPU; the rank's own stream awaits them there, and then writes
-  // the flag of its board for the host to see.
+  // [num_ranks]; empty: flags lie on the board. Else peers write them by copies of four bytes,
+  // since a stream writes no word of another GPU; the rank's own stream awaits them there, and then
+  // writes the flag of its board for the host to see.
   std::vector<FlagPlace> flags_in_arenas;
 };
 

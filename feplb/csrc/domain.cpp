@@ -47,9 +47,9 @@ Domain::Domain(DomainConfig config, DomainMemory memory, std::unique_ptr<Device>
       watchdog_(config_.rank, config_.pids, board_, *device_, failure_, config_.deadline_s),
       pid_(getpid()) {
   if (sockets.empty()) return;
-  relay_ = std::make_unique<Relay>(config_.rank, board_, failure_, std::move(sockets),
-                                   config_.deadline_s,
-                                   [this](int rank) { watchdog_.peer_died(rank); });
+  relay_ =
+      std::make_unique<Relay>(config_.rank, board_, failure_, std::move(sockets),
+                              config_.deadline_s, [this](int rank) { watchdog_.peer_died(rank); });
   board_.echo_to(config_.rank, relay_.get());
   // From here on: start-up has failures to tell, too.
   relay_thread_ = Worker(cat("feplb-", own_global_rank(), "-relay"), [this] { relay_->run(); });

@@ -173,8 +173,8 @@ std::string Relay::tell(What what, const std::string& body) {
 }
 
 std::string Relay::send_all(Fd& socket, const std::string& message) {
-  const auto wait = std::chrono::duration_cast<Clock::duration>(
-      std::chrono::duration<double>(deadline_s_));
+  const auto wait =
+      std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(deadline_s_));
   const TimePoint deadline = Clock::now() + wait;
   std::size_t sent = 0;
   while (socket && sent < message.size()) {
@@ -195,8 +195,8 @@ std::string Relay::send_all(Fd& socket, const std::string& message) {
 }
 
 void Relay::expect_release(Region region, int half, Epoch epoch) {
-  const std::size_t word = static_cast<std::size_t>(region) * kNumHalves +
-                           static_cast<std::size_t>(half);
+  const std::size_t word =
+      static_cast<std::size_t>(region) * kNumHalves + static_cast<std::size_t>(half);
   expected_[word].store(epoch);
   const uint64_t one = 1;
   static_cast<void>(!write(wake_.get(), &one, sizeof(one)));
@@ -235,8 +235,8 @@ void Relay::run() noexcept {
       try {
         hear(rank);
       } catch (const std::exception& error) {
-        failure_.poison(cat("rank ", board_.global_rank(rank), " sent what is no message: ",
-                            error.what()));
+        failure_.poison(
+            cat("rank ", board_.global_rank(rank), " sent what is no message: ", error.what()));
         lose(rank);
       }
     }

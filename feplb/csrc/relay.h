@@ -9,13 +9,13 @@
 //   state, first failure     they are set
 //
 // The end of a socket is the end of a peer. Messages of one rank come in the order they were sent:
-// a header that ends a call (seq + 1) never overtakes it, so the two header slots suffice as they do
-// in shared memory.
+// a header that ends a call (seq + 1) never overtakes it, so the two header slots suffice as they
+// do in shared memory.
 //
 // Worked example, 2 ranks on 2 hosts: rank 1 has read the rows of seq 7; its stream writes
-// released(1, kRowsRegion, 1) = 7 on its own board. Its relay sees the word and sends all eight; the
-// relay of rank 0 writes 7 into the same place of rank 0's board, and the mover there, which has
-// withheld rows of seq 9, pushes them.
+// released(1, kRowsRegion, 1) = 7 on its own board. Its relay sees the word and sends all eight;
+// the relay of rank 0 writes 7 into the same place of rank 0's board, and the mover there, which
+// has withheld rows of seq 9, pushes them.
 #pragma once
 
 #include <array>

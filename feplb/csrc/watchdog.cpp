@@ -114,7 +114,8 @@ void Watchdog::look_at_peers() {
 void Watchdog::peer_died(int rank) {
   if (board_.state(rank) == RankState::kClosed) return;
   const pid_t pid = pids_[static_cast<std::size_t>(rank)];
-  failure_.poison(cat("peer rank ", board_.global_rank(rank), pid == 0 ? "" : cat(" (pid ", pid, ")"),
+  failure_.poison(cat("peer rank ", board_.global_rank(rank),
+                      pid == 0 ? "" : cat(" (pid ", pid, ")"),
                       " died; last seen: ", board_.last_seen(rank)));
 }
 

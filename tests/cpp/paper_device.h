@@ -13,6 +13,7 @@ class PaperDevice final : public feplb::Device {
  public:
   std::vector<std::string> asked;  // "1 after 42", "1 copies 2", "1 flag 7": stream, what
   bool is_drained = true;
+  bool can_lift = true;
 
   void bind_compute(std::uintptr_t /*stream*/) override {}
   feplb::Event record(feplb::StreamKind stream) override {
@@ -35,6 +36,7 @@ class PaperDevice final : public feplb::Device {
     flag->epoch.store(epoch);
   }
   bool compute_drained() override { return is_drained; }
+  bool lifts_flags() const override { return can_lift; }
   bool is_inline() const override { return false; }
   void stop() noexcept override {}
 

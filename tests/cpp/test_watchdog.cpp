@@ -17,12 +17,12 @@ using namespace feplb;
 
 // Rank 0 of two.
 struct Watched {
-  explicit Watched(pid_t peer = getpid())
+  explicit Watched(pid_t peer = getpid(), double deadline_s = 60)
       : memory(CountBoard::bytes_needed(2, 1)),
         board(memory.data(), 2, 1),
         failure(board, 0, caller),
         flag(board.inbound(0, 1, kRowsFlag)),
-        watchdog(0, {getpid(), peer}, board, device, failure, 60) {
+        watchdog(0, {getpid(), peer}, board, device, failure, deadline_s) {
     failure.note_call(5);
   }
   void watch(std::chrono::milliseconds from_now) {
@@ -103,6 +103,29 @@ TEST(dead_process_is_noticed_within_two_seconds) {
   const std::string text = cat("peer rank 1 (pid ", child, ") died; last seen: no call yet");
   CHECK_EQ(rank.failure.text(), text);
 }
+
+// The exit status of a process whose streams never drain; 0 if it outlives its patience.
+int fate_of_the_stuck(bool lifts_flags) {
+  const pid_t child = fork();
+  if (child == 0) {
+    Watched rank(getpid(), 0.05);
+    rank.device.is_drained = false;
+    rank.device.can_lift = lifts_flags;
+    rank.failure.poison("why");
+    for (int look = 0; look < 100; ++look) {
+      rank.watchdog.look();
+      usleep(2000);
+    }
+    _exit(0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+TEST(process_that_no_flag_can_free_is_ended) { CHECK_EQ(fate_of_the_stuck(false), 70); }
+
+TEST(process_whose_flags_can_be_lifted_is_left_alone) { CHECK_EQ(fate_of_the_stuck(true), 0); }
 
 }  // namespace
 }  // namespace feplb_test
