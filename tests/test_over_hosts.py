@@ -151,8 +151,8 @@ def fall_at(arm: Arm, point: str, sig: int, stamp: str, *, fork: bool = False) -
 
 def outlive(
     rank: int, num_ranks: int, point: str, sig: int, fork: bool, stamp: str
-) -> tuple[str, float, bool]:
-    """What rank 0 hears of rank 1's fall, when, and whether nothing is left of its Balancer."""
+) -> tuple[str, float, list[Any]]:
+    """What rank 0 hears of rank 1's fall, when, and what its Balancer leaves or has taken."""
     deadline_s = 20.0 if sig == signal.SIGKILL else SHORT_S
     first = build_and_call(rank, num_ranks).balancer
     assert first is not None
@@ -169,7 +169,14 @@ def outlive(
     arm.balancer.close()
     with contextlib.suppress(ProcessLookupError):
         os.kill(pids[1], signal.SIGKILL)
-    return said, raised, resources_in_use(num_threads=0) == before
+    after = resources_in_use(num_threads=0)
+    # gloo lets go of its own socket to a rank that died, sooner or later.
+    after["open files"] = max(after["open files"], before["open files"])
+    return (
+        said,
+        raised,
+        [(name, before[name], after[name]) for name in before if before[name] != after[name]],
+    )
 
 
 FALLS = {
@@ -185,7 +192,7 @@ def test_a_rank_of_another_host_that_falls_is_named(fall: str, tmp_path: Path) -
     stamp = tmp_path / "fell_at"
     results = run_ranks(outlive, 2, point, sig, fork, str(stamp), may_die=[1])
     assert results[0] is not None
-    said, raised, nothing_left = results[0]
+    said, raised, left = results[0]
     seconds = raised - float(stamp.read_text())
     if sig == signal.SIGKILL:
         assert re.search(r"while waiting for the counts.*peer rank 1 died; last seen: ", said)
@@ -193,7 +200,7 @@ def test_a_rank_of_another_host_that_falls_is_named(fall: str, tmp_path: Path) -
     else:
         assert re.search(r"no answer from rank 1 .* for 1\.5 s \(deadline_s\)", said)
         assert 0.9 * SHORT_S < seconds < SHORT_S + NOTICE_S
-    assert nothing_left
+    assert left == []
 
 
 def be_left_with_a_wait(rank: int, num_ranks: int, folder: str) -> None:
