@@ -74,6 +74,7 @@ class CupyDevice:
         self.peers: list[PeerArena] = []  # for copies="peer", which must know both GPUs
         self._runtime, self._driver = gpu.runtime, gpu.driver
         self._copies, self._flags = copies, flags
+        self._wait_flags = gpu.wait_flags()
         self._pinned: list[_Pinned] = []
         self._streams: list[_Stream] = []
         self._words = 0
@@ -180,7 +181,7 @@ class CupyDevice:
                 self._streams[_COMPUTE].handle,
                 self._flag(address),
                 epoch,
-                int(self._driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ),
+                self._wait_flags,
             ),
         )
 

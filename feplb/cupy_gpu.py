@@ -72,6 +72,17 @@ class Gpu:
             raise RuntimeError(f"{what} failed: {name.decode()} ({int(error)}): {text.decode()}")
         return answer[1] if len(answer) > 1 else None
 
+    def wait_flags(self) -> int:
+        """How streams await flags; where the GPU can, with what came over a bus before them seen."""
+        driver = self.driver
+        device = self.ask("opening a GPU", driver.cuDeviceGet(self.ordinal))
+        attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
+        answer = driver.cuDeviceGetAttribute(attribute, device)
+        can_flush = self.ask("asking a GPU for an attribute", answer)
+        known = driver.CUstreamWaitValue_flags
+        at_least = int(known.CU_STREAM_WAIT_VALUE_GEQ)
+        return at_least | int(known.CU_STREAM_WAIT_VALUE_FLUSH) if can_flush else at_least
+
     def attempt(self, function: Callable[..., Any], *args: Any) -> tuple[Any, int, str]:
         """A function of CuPy: (what it returns, 0, ""), or (None, its error's code, its text).
 

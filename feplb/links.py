@@ -61,6 +61,11 @@ def check_fabric(gpus: Sequence[Gpu], global_ranks: Sequence[int]) -> None:
                 f"the GPU of rank {rank} ({gpu.asked}) is in no NVLink fabric: its state is "
                 f"{state}, expected completed. {advice}"
             )
+        if gpu.fabric is not None and set(gpu.fabric.cluster) == {"0"}:
+            raise RuntimeError(
+                f"the NVLink fabric of the GPU of rank {rank} ({gpu.asked}) is its host's alone: "
+                f"its cluster is all zeros. {advice}"
+            )
     places = [(gpu.fabric.cluster, gpu.fabric.clique) for gpu in gpus if gpu.fabric is not None]
     for rank, place in zip(global_ranks, places, strict=True):
         if place != places[0]:

@@ -37,6 +37,13 @@ class CUstreamWaitValue_flags(IntEnum):  # noqa: N801 - as the driver's header h
     """How a wait compares."""
 
     CU_STREAM_WAIT_VALUE_GEQ = 0
+    CU_STREAM_WAIT_VALUE_FLUSH = 1 << 30
+
+
+class CUdevice_attribute(IntEnum):  # noqa: N801 - as the driver's header has it
+    """What a GPU can do."""
+
+    CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES = 98
 
 
 class CUstreamBatchMemOpType(IntEnum):
@@ -265,6 +272,7 @@ class Driver:
     CUDA_VERSION = 13000
     CUdeviceptr = CUdeviceptr
     CUstreamWaitValue_flags = CUstreamWaitValue_flags
+    CUdevice_attribute = CUdevice_attribute
     CUstreamBatchMemOpType = CUstreamBatchMemOpType
     CUstreamBatchMemOpParams = CUstreamBatchMemOpParams
     CUmemcpySrcAccessOrder = CUmemcpySrcAccessOrder
@@ -294,6 +302,12 @@ class Driver:
         uuid = ctypes.create_string_buffer(16)
         (error,) = self._ask("cuDeviceGetUuid", uuid, ctypes.c_int(dev))
         return error, CUuuid(uuid.raw)
+
+    def cuDeviceGetAttribute(self, attrib: int, dev: int) -> Answer:  # noqa: N802
+        value = ctypes.c_int()
+        out = ctypes.byref(value)
+        (error,) = self._ask("cuDeviceGetAttribute", out, ctypes.c_int(attrib), ctypes.c_int(dev))
+        return error, value.value
 
     def cuDevicePrimaryCtxRetain(self, dev: int) -> Answer:  # noqa: N802
         return self._made("cuDevicePrimaryCtxRetain", ctypes.c_uint64(), ctypes.c_int(dev))

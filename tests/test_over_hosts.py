@@ -319,6 +319,7 @@ def test_gpus_of_one_fabric_may_be_a_domain() -> None:
     [
         (in_fabric(cluster="b" * 32), "ranks 4 and 5 are in different NVLink fabrics"),
         (in_fabric(clique=2), "clique 1, and cluster a+, clique 2"),
+        (in_fabric(cluster="0" * 32), "fabric of the GPU of rank 5 .* is its host's alone"),
         (in_fabric(state="in progress"), "rank 5 .* in no NVLink fabric: its state is in progress"),
         (Gpu(asked="GPU-1"), "its state is not said by NVML, expected completed"),
         (Gpu(asked="GPU-1", problem="NVML does not start"), "its state is NVML does not start"),

@@ -37,6 +37,7 @@ constexpr unsigned kIpcLazyPeerAccess = 1;
 constexpr int kAsyncEngineCount = 40;
 constexpr int kComputeCapabilityMajor = 75;
 constexpr int kComputeCapabilityMinor = 76;
+constexpr int kCanFlushRemoteWrites = 98;
 constexpr int kVirtualMemorySupported = 102;
 constexpr int kPosixHandleSupported = 103;
 constexpr int kFabricHandleSupported = 128;
@@ -46,6 +47,7 @@ constexpr int kFabricHandleSupported = 128;
 constexpr int kWaitValue32 = 1;
 constexpr int kWriteValue32 = 2;
 constexpr unsigned kWaitAtLeast = 0;  // cyclic: (int32)(*address - value) >= 0
+constexpr unsigned kWaitFlush = 1u << 30;  // what came over a bus before the flag is seen behind it
 constexpr unsigned kWriteDefault = 0;
 
 union MemOp {

@@ -100,6 +100,7 @@ class CudaDevice final : public feplb::Device {
   std::shared_ptr<DeviceContext> context_;
   std::shared_ptr<const Driver> driver_;
   LaneOptions options_;
+  unsigned wait_flags_;
   std::unique_ptr<PinnedMemory> board_;
   StreamMarker marker_;
   std::unique_ptr<PinnedMemory> own_;
@@ -118,6 +119,8 @@ CudaDevice::CudaDevice(std::shared_ptr<DeviceContext> context, std::byte* board,
     : context_(std::move(context)),
       driver_(context_->shared_driver()),
       options_(std::move(options)),
+      wait_flags_(context_->attribute(kCanFlushRemoteWrites) != 0 ? kWaitAtLeast | kWaitFlush
+                                                                  : kWaitAtLeast),
       board_(std::make_unique<PinnedMemory>(context_, board, board_bytes)),
       own_(std::make_unique<PinnedMemory>(context_, marker_.data(), StreamMarker::kBytes)),
       pid_(getpid()) {
@@ -224,7 +227,7 @@ WaitResult CudaDevice::wait_flag(const Flag* flag, Epoch epoch, const WaitLimits
   const CurrentContext current(*context_);
   StreamState& compute = at(StreamKind::kCompute);
   marker_.note_wait();
-  driver().check(driver().stream_wait_value(compute.stream, address_of(flag), epoch, kWaitAtLeast),
+  driver().check(driver().stream_wait_value(compute.stream, address_of(flag), epoch, wait_flags_),
                  "enqueueing the wait for a flag");
   if (!lifts_flags()) write_words(compute, {{board_->at(flag), epoch}});
   return WaitResult::kEnqueued;

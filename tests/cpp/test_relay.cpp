@@ -1,4 +1,5 @@
 // Two ranks with boards of their own, joined by a socket: what one writes, the other reads.
+#include <signal.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -197,9 +198,10 @@ TEST(relay_lets_a_forked_child_keep_no_socket) {
     _exit(0);
   }
   two.first.reset();
-  CHECK(comes_true([&] { return two.second->failure.poisoned(); }), "the child holds the socket");
+  const bool is_heard = comes_true([&] { return two.second->failure.poisoned(); });
   kill(child, SIGKILL);
   waitpid(child, nullptr, 0);
+  CHECK(is_heard, "the child holds the socket");
 }
 
 }  // namespace

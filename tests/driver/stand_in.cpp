@@ -358,8 +358,9 @@ Result cuStreamBatchMemOp(Stream stream, unsigned count, MemOp* ops, unsigned fl
 
 Result cuStreamWaitValue32(Stream stream, Address address, uint32_t value, unsigned flags) {
   STAND_IN_SUBMITS("cuStreamWaitValue32");
-  return flags != kWaitAtLeast ? kInvalidValue
-                               : enqueue_mem_op(stream, kWaitValue32, address, value);
+  return (flags & ~kWaitFlush) != kWaitAtLeast
+             ? kInvalidValue
+             : enqueue_mem_op(stream, kWaitValue32, address, value);
 }
 
 Result cuStreamWriteValue32(Stream stream, Address address, uint32_t value, unsigned) {

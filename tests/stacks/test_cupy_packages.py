@@ -58,6 +58,7 @@ def test_cupy_has_the_constant(packages: Packages, name: str, value: int) -> Non
     "enum",
     [
         cupy_stand_in.CUstreamWaitValue_flags,
+        cupy_stand_in.CUdevice_attribute,
         cupy_stand_in.CUstreamBatchMemOpType,
         cupy_stand_in.CUmemcpySrcAccessOrder,
         cupy_stand_in.CUmemcpyFlags,
