@@ -73,7 +73,7 @@ class Gpu:
         return answer[1] if len(answer) > 1 else None
 
     def wait_flags(self) -> int:
-        """How streams await flags; where the GPU can, with what came over a bus before them seen."""
+        """How streams await flags; where the GPU can, what came over a bus before is seen then."""
         driver = self.driver
         device = self.ask("opening a GPU", driver.cuDeviceGet(self.ordinal))
         attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
