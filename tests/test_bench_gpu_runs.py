@@ -28,11 +28,13 @@ import ep_overhead
 import gemm_straggler
 import gpu_timing
 import layer_emulated
+import permute
 from copy_records import CopyRecord, Seen
 from copy_ways import Direction
+from expert_operands import Size
 
 from feplb import SwiGLU, gpu_compute
-from feplb.kernels import tiles
+from feplb.kernels import measure_tiles, tiles
 
 FACTS = {"gpu": "a made-up H100", "gpus": 1}
 KIB = 1 << 10
@@ -63,7 +65,7 @@ def main_rows(bench: Any, tmp_path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is there, and its facts are known."""
-    for bench in (gemm_straggler, layer_emulated, copy_overlap, engine_proof, ep_overhead):
+    for bench in (gemm_straggler, layer_emulated, copy_overlap, engine_proof, ep_overhead, permute):
         monkeypatch.setattr(bench, "has_gpu", lambda: True)
         monkeypatch.setattr(bench, "gpu_facts", lambda: dict(FACTS))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
@@ -212,6 +214,24 @@ def test_engine_proof(
     assert status == (0 if is_engine else 1)
     assert sum(row["test"] == "records" for row in rows) == 3 * 2
     assert "CUPTI: not read" in capsys.readouterr().out
+
+
+def test_permute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = Size(hidden=24, width=16, num_experts=2, num_tokens=2, dtype=torch.float32, device="cpu")
+
+    def device_times(work: Callable[[], object], repeats: int) -> list[float]:
+        work()
+        return [1.0] * repeats
+
+    monkeypatch.setattr(permute, "Size", lambda: size)
+    monkeypatch.setattr(permute, "COPY_BYTES", KIB)
+    monkeypatch.setattr(measure_tiles, "device_times", device_times)
+    rows = main_rows(permute, tmp_path)
+    assert {row["to_show_pct"] for row in rows} == {85.0}
+    assert [row["shown"] for row in rows] == [row["rate_pct"] >= 85 for row in rows]
+    assert "to show: 85 % of a large device copy" in capsys.readouterr().out
 
 
 class _Seen:

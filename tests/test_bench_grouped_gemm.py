@@ -25,8 +25,8 @@ import grouped_gemm as bench  # noqa: E402
 
 def tiny(device: str) -> bench.Size:
     return bench.Size(
-        hidden=24, width=16, num_experts=2, rows_per_expert=(3,), num_tokens=2,
-        dtype=torch.float32, device=device,
+        hidden=24, width=16, num_experts=2, rows_per_expert=(3,), dtype=torch.float32,
+        device=device,
     )  # fmt: skip
 
 
@@ -48,7 +48,6 @@ def test_both_ways_pass_the_check(device: str) -> None:
     tiles = tiles_for(torch.float32)
     bench.check_products(TritonGemm(tiles), layer)
     bench.check_products(StreamGemm(2), layer)
-    bench.check_memory_work(tiny(device))
 
 
 class LastRowForgotten(StreamGemm):
@@ -83,15 +82,6 @@ def test_products_and_bytes_by_hand() -> None:
         "up wgrad": (h, x), "down wgrad": (x, a),
     }  # fmt: skip
     assert [p.flops(layer) for p in bench.PRODUCTS[:2]] == [2 * 6 * 32 * 24, 2 * 6 * 24 * 16]
-    work = bench.memory_work(tiny("cpu"))
-    narrow, wide, once = 16 * 16 * 4, 16 * 24 * 4, 2 * 24 * 4
-    assert {name: num_bytes for name, (_, num_bytes) in work.items()} == {
-        "swiglu forward": 3 * narrow,
-        "swiglu backward": 6 * narrow,
-        "permute": once + wide,
-        "unpermute": wide + once,
-        "unpermute backward": once + 2 * wide,
-    }
 
 
 def test_figures_by_hand() -> None:
@@ -102,8 +92,6 @@ def test_figures_by_hand() -> None:
         "one_gemm_ms_p50": 2.0, "one_gemm_ms_iqr": 1.5,
         "triton_ms_p50": 2.5, "triton_ms_iqr": 0.0, "triton_rate_pct": 80.0,
     }  # fmt: skip
-    row = bench.memory_row("permute", 3 * 2**20, [1.0], copy_gbps=6.291456)
-    assert (row["mib"], row["gbps"], row["rate_pct"]) == (3.0, 3.145728, 50.0)
 
 
 @on_each_device
