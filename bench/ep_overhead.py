@@ -16,18 +16,16 @@ from __future__ import annotations
 
 import random
 import sys
-import tempfile
-import traceback
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from copy_overlap import BUFFER_BYTES, count_lasting, in_a_row, timed
 from copy_ways import CopyWay, Direction, LaneCopy
+from gpu_ranks import num_ranks, over_ranks
 from gpu_timing import DeviceClock, Work, gpu_facts, has_gpu, main_of
 from report import Report, Row, iqr, median
 from torch import Tensor
@@ -41,6 +39,7 @@ COPY_BYTES = 72 << 20  # the weights of one expert
 MARGIN = 2.0
 PAPER_PCT = 1.0
 PASSES = ("dispatch", "combine")
+BACKEND = "nccl"
 STAND_IN = "STAND-IN, one GPU"
 
 
@@ -217,57 +216,27 @@ def neighbours_copy(ordinal: int, peer: int) -> Direction:
 # ----------------------------------------------------------------------------------- several GPUs
 
 
-def run_rank(rank: int, ranks: int, folder: str, repeats: int, results: Any) -> None:
+def sample_rank(rank: int, ranks: int, repeats: int) -> tuple[str, list[Sample]]:
     """The body of one rank's process."""
-    try:
-        torch.cuda.set_device(rank)
-        store = dist.FileStore(f"{folder}/store", ranks)  # type: ignore[attr-defined]
-        dist.init_process_group("nccl", store=store, rank=rank, world_size=ranks)
-        by_source = calibrated_by_source(ranks, seed=5, step=0, num_experts=NUM_EXPERTS)
-        like = torch.empty(0, GLM5.hidden, dtype=torch.bfloat16, device="cuda")
-        exchange = AllToAll(*splits_of(by_source, rank), like)
-        check_exchange(exchange)
-        direction = neighbours_copy(rank, (rank + 1) % ranks)
+    by_source = calibrated_by_source(ranks, seed=5, step=0, num_experts=NUM_EXPERTS)
+    like = torch.empty(0, GLM5.hidden, dtype=torch.bfloat16, device="cuda")
+    exchange = AllToAll(*splits_of(by_source, rank), like)
+    check_exchange(exchange)
+    direction = neighbours_copy(rank, (rank + 1) % ranks)
 
-        def meet() -> None:
-            torch.cuda.synchronize()
-            dist.barrier()
+    def meet() -> None:
+        torch.cuda.synchronize()
+        dist.barrier()
 
-        clock = DeviceClock(flush=False)
-        way = LaneCopy("batch", ordinal=rank)
-        samples = sample_passes(exchange, way, direction, clock.started, repeats, meet)
-        results.put((rank, exchange.name, samples))
-        dist.destroy_process_group()
-    except BaseException:
-        results.put((rank, traceback.format_exc(), None))
-        raise
+    clock, way = DeviceClock(flush=False), LaneCopy("batch", ordinal=rank)
+    samples = sample_passes(exchange, way, direction, clock.started, repeats, meet)
+    return exchange.name, samples
 
 
-def over_ranks(ranks: int, repeats: int) -> tuple[str, list[Sample]]:
-    """Start one process per GPU; SystemExit if one fails."""
-    import torch.multiprocessing as multiprocessing
-
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    with tempfile.TemporaryDirectory(prefix="feplb-ep-overhead-") as folder:
-        processes = [
-            context.Process(
-                target=run_rank, args=(rank, ranks, folder, repeats, results), daemon=True
-            )
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        try:
-            said = [results.get(timeout=180) for _ in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    wrong = [text for _, text, samples in said if samples is None]
-    if wrong:
-        raise SystemExit(wrong[0])
-    of_ranks = [samples for _, _, samples in sorted(said, key=lambda each: each[0])]
-    return str(said[0][1]), slowest(of_ranks)
+def over_gpus(ranks: int, repeats: int) -> tuple[str, list[Sample]]:
+    """One process per GPU; SystemExit if one fails."""
+    said = over_ranks(sample_rank, ranks, ranks, repeats, backend=BACKEND)
+    return said[0][0], slowest([samples for _, samples in said])
 
 
 def on_one_gpu(repeats: int) -> tuple[str, list[Sample]]:
@@ -284,9 +253,9 @@ def on_one_gpu(repeats: int) -> tuple[str, list[Sample]]:
 def run(options: Namespace, report: Report) -> list[Row]:
     repeats = 10 if options.quick else 50
     gpus = torch.cuda.device_count()
-    ranks = int(np.max([size for size in (1, 2, 4, 8) if size <= gpus]))
+    ranks = num_ranks(gpus)
     report.header(**gpu_facts(), ranks=ranks, copies_mib=COPY_BYTES >> 20, samples=repeats)
-    name, samples = on_one_gpu(repeats) if ranks == 1 else over_ranks(ranks, repeats)
+    name, samples = on_one_gpu(repeats) if ranks == 1 else over_gpus(ranks, repeats)
     rows = table_rows(name, samples)
     report.table(rows)
     if ranks == 1:

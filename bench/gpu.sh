@@ -24,9 +24,10 @@ total_s=${GPU_SH_TOTAL_S:-530}
 full='' only=() skip=()
 
 parts=(build doctor tests engine_proof gemm_straggler copy_overlap layer_emulated submit_cost
-  grouped_gemm ep_overhead)
+  grouped_gemm permute ep_overhead layer_time sanitizer)
 declare -A seconds=([build]=150 [doctor]=40 [tests]=200 [engine_proof]=60 [gemm_straggler]=60
-  [copy_overlap]=60 [layer_emulated]=70 [submit_cost]=60 [grouped_gemm]=60 [ep_overhead]=30)
+  [copy_overlap]=60 [layer_emulated]=70 [submit_cost]=60 [grouped_gemm]=50 [permute]=30
+  [ep_overhead]=30 [layer_time]=120 [sanitizer]=90)
 # What shows the most; with --full all of them.
 first_tests=(tests/test_gpu.py tests/test_gpu_compute.py tests/test_grouped_gemm.py
   tests/test_swiglu_kernel.py tests/test_permute_kernel.py)
@@ -105,6 +106,7 @@ command_of() {
       fi
       "$python" bench/submit_cost.py --json "$json" "${quick[@]}"
       ;;
+    layer_time) "$python" bench/layer_time.py --lane ce --json "$json" "${quick[@]}" ;;
     *) "$python" "bench/$1.py" --json "$json" "${quick[@]}" ;;
   esac
 }

@@ -1,4 +1,8 @@
-"""Does balancing an MoE layer pay on the wall clock? Two ranks, one core and one thread each.
+"""Does balancing an MoE layer pay on the wall clock?
+
+With two GPUs or more: the real layer over the ce lane, as layer_gpus.py says. With one: nothing is
+measured here, bench/layer_emulated.py emulates. Without: the host lane, two ranks, one core and one
+thread each, as follows; --lane host asks for it where there are GPUs.
 
 Each rank is a process pinned to its own core before torch or a Balancer starts a thread, so mover,
 copier and watchdog share that core (checked at the end). All arms are checked first (layer_check),
@@ -21,6 +25,7 @@ import gc
 import multiprocessing
 import os
 import random
+import sys
 import tempfile
 import time
 import traceback
@@ -33,6 +38,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from gpu_timing import nothing_measured
 from layer_arms import AGAIN, NO_BALANCER, NONE, NUM_RANKS, Arm, RankLayer, Shape, Unit, plan_of
 from layer_check import check_arms
 from layer_figures import (
@@ -45,13 +51,18 @@ from layer_figures import (
     print_tables,
     table_rows,
 )
-from report import Report, arguments, median, percentile
+from report import Report, Row, arguments, median, percentile
 
 from feplb.scheduler import POLICIES
 
 Measure = Callable[[int, Any, bool], Any]
 HEAD_START_NS = 100_000  # from the last rank's arrival to the common start
 DEADLINE_NS = 120 * 10**9
+ONE_GPU = (
+    "One GPU here: nothing was measured. The real layer takes two GPUs or more; "
+    "bench/layer_emulated.py\nemulates it on one, and bench/layer_time.py --lane host runs it on "
+    "the CPU."
+)
 # One thread per rank, and no page faults once warm: freed memory goes back to no one.
 RANK_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -311,12 +322,12 @@ def _collect(pipes: Sequence[Connection]) -> list[Any]:
     return [found[rank] for rank in range(len(pipes))]
 
 
-def main(options: Namespace) -> None:
+def on_host(options: Namespace, report: Report) -> list[Row]:
+    """Two ranks over the host lane; prints and returns the rows."""
     schedule = replace(QUICK if options.quick else FULL, policies=tuple(options.policies))
     shape = schedule.shape
     of_ranks = run_ranks(partial(measure, schedule), progress=not options.quick)
     samples = [mine.with_other_rank(other) for mine, other in zip(*of_ranks, strict=True)]
-    report = Report(bench="layer_time", lane="host")
     report.header(
         ranks=NUM_RANKS, threads=1, experts_per_rank=shape.experts, hidden=shape.hidden,
         ffn=shape.ffn, dtype="fp32", seeds=schedule.seeds, check="ok(bitwise)",
@@ -331,14 +342,38 @@ def main(options: Namespace) -> None:
     print_tables(report, rows, paired)
     print_findings(rows, paired, schedule)
     names = dict.fromkeys(COLUMNS + PAIRED_COLUMNS)
-    report.write(options.json, [{**names, **row} for row in (*rows, *paired)])
+    return [{**names, **row} for row in (*rows, *paired)]
 
 
-if __name__ == "__main__":
+def main(given: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument(
         "--policies", nargs="+", default=["greedy"],
         choices=[policy for policy in POLICIES if policy not in (NONE, "split")],
-        help="what to compare; plan_ideal is the first one's (split has other bits than none)",
+        help="of the host lane; plan_ideal is the first one's (split has other bits than none)",
     )  # fmt: skip
-    main(parser.parse_args())
+    parser.add_argument(
+        "--lane", choices=("host", "ce"), help="left out: ce where there is a GPU, else host"
+    )
+    options = parser.parse_args(given)
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    lane = options.lane or ("ce" if gpus else "host")
+    report = Report(bench="layer_time", lane=lane)
+    if lane == "host":
+        rows = on_host(options, report)
+    elif gpus == 0:
+        return nothing_measured(report, options)
+    elif gpus == 1:
+        report.header(gpus=gpus)
+        print(ONE_GPU)
+        rows = []
+    else:
+        import layer_gpus
+
+        rows = layer_gpus.run(options, report)
+    report.write(options.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -43,7 +43,7 @@ def call(rank: int) -> list[Called]:
     generator, compute, found = torch.Generator().manual_seed(rank), DeviceSwiGLU(), []
 
     def leaf(*shape: int) -> torch.Tensor:
-        drawn = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        drawn = torch.randn(shape, generator=generator).mul_(float(shape[-1]) ** -0.5)
         return drawn.to(device, dtype).requires_grad_()
 
     weights = [leaf(len(counts), *shape) for shape in shapes]
@@ -84,7 +84,7 @@ def main() -> None:
     import torch.multiprocessing as multiprocessing
 
     with tempfile.TemporaryDirectory(prefix="feplb-sanitized-") as folder:
-        multiprocessing.spawn(run_rank, (folder,), nprocs=NUM_RANKS)  # type: ignore[attr-defined,no-untyped-call]
+        multiprocessing.spawn(run_rank, (folder,), nprocs=NUM_RANKS)  # type: ignore[attr-defined]
     print(f"{NUM_RANKS} ranks: {STEPS} calls each of {', '.join(POLICIES)}, outputs checked")
 
 

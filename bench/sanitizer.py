@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_timing import gpu_facts, has_gpu, nothing_measured
-from report import Report, arguments
+from report import Report, Row, arguments
 
 TOOL = "compute-sanitizer"
 FOUND_STATUS = 86  # of no Python program
@@ -102,8 +102,13 @@ def main(given: Sequence[str] | None = None) -> int:
         return 0
     outcome = watch(command_of(tool, [sys.executable, str(PROGRAM)]))
     print(outcome.sentence)
-    row = {"tool": "memcheck", "status": outcome.status, "processes": len(outcome.summaries)}
-    report.write(options.json, [{**row, "errors": sum(outcome.summaries)}])
+    row: Row = {
+        "tool": "memcheck",
+        "status": outcome.status,
+        "processes": len(outcome.summaries),
+        "errors": sum(outcome.summaries),
+    }
+    report.write(options.json, [row])
     return 0 if outcome.is_good else 1
 
 

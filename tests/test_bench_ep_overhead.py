@@ -39,6 +39,20 @@ def test_rows_come_back_over_real_processes() -> None:
     assert found == [("gloo all-to-all, 2 ranks", 0 + 1 + 4 + 5), ("gloo all-to-all, 2 ranks", 18)]
 
 
+def two_samples(rank: int, ranks: int, repeats: int) -> tuple[str, list[Sample]]:
+    """In place of a GPU's."""
+    name, rows = exchange(rank, ranks)
+    return name, [Sample("dispatch", False, float(rows + repeats))]
+
+
+def test_one_process_per_gpu_and_the_slowest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "BACKEND", "gloo")
+    monkeypatch.setattr(bench, "sample_rank", two_samples)
+    name, samples = bench.over_gpus(2, 7)
+    assert name == "gloo all-to-all, 2 ranks"
+    assert samples == [Sample("dispatch", False, 18.0 + 7)]
+
+
 def test_the_stand_in_is_called_one_and_a_wrong_exchange_is_not_timed() -> None:
     made = bench.KernelCopies(5, torch.empty(0, 8))
     assert made.name == bench.STAND_IN

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 GPU_SH = ROOT / "bench" / "gpu.sh"
 BENCHES = (
     *("engine_proof", "gemm_straggler", "copy_overlap", "layer_emulated"),
-    *("submit_cost", "grouped_gemm", "ep_overhead"),
+    *("submit_cost", "grouped_gemm", "permute", "ep_overhead", "layer_time", "sanitizer"),
 )
 NO_GPU, FAILED, WRONG = 3, 1, 2
 

@@ -29,7 +29,8 @@ Row = dict[str, Any]
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Row]]:
     file = tmp_path_factory.mktemp("layer_time") / "rows.json"
-    command = [sys.executable, str(BENCH / "layer_time.py"), "--quick", "--json", str(file)]
+    script = str(BENCH / "layer_time.py")
+    command = [sys.executable, script, "--lane", "host", "--quick", "--json", str(file)]
     result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     content = json.loads(file.read_text())
@@ -149,3 +150,23 @@ def test_pieces_of_a_split_expert_and_their_routing() -> None:
     routed = [np.bincount(each.reshape(-1), minlength=6) for each in routing.to_pieces(pieces)]
     assert np.sum(routed, axis=0).tolist() == [2, 2, 0, 1, 1, 2]
     assert (routed[0][0], routed[1][5]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "given", "said"),
+    [
+        (0, ["--lane", "ce"], "No CUDA device here: nothing was measured."),
+        (1, [], "One GPU here: nothing was measured."),
+        (1, ["--lane", "ce"], "bench/layer_emulated.py"),
+    ],
+)
+def test_fewer_than_two_gpus_measure_nothing_over_the_ce_lane(
+    gpus: int, given: list[str], said: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    file = tmp_path / "rows.json"
+    assert layer_time.main([*given, "--quick", "--json", str(file)]) == 0
+    assert said in capsys.readouterr().out
+    assert json.loads(file.read_text())["rows"] == []
