@@ -11,8 +11,9 @@ import argparse
 import json
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from feplb.scheduler.machines import MACHINES, ExpertShape, Machine
 from feplb.scheduler.microbatches import without_trace
@@ -59,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.description = "Exit status 0: go; 1: the lane does not work here; 2: bad usage."
     add = doctor.add_argument
-    add("--lane", choices=["host", "ce"], help="judge for it; left out: ce where a GPU is here")
+    add(
+        "--lane",
+        choices=["host", "ce", "cupy"],
+        help="judge for it; left out: ce where a GPU is here",
+    )
     add("--arena-mib", type=float, metavar="N", help="of one rank: print(balancer.memory)")
     add("--ranks", type=int, metavar="N", help="of this host; left out: one per GPU, or 2")
     add("--json", action="store_true", help="the findings as JSON")
@@ -75,9 +80,15 @@ def _doctor(options: argparse.Namespace) -> tuple[int, list[str]]:
             raise ValueError(f"{name} {value}, expected 1 or more")
     arena = None if options.arena_mib is None else int(options.arena_mib * MIB)
     question = Question(lane=options.lane, arena_bytes=arena, ranks=options.ranks)
-    report = judge(read_facts(), question)
+    report = judge(read_facts(lane=options.lane, cupy=_try_cupy), question)
     status = 0 if report.verdict == "go" else NO_GO
     return status, [json.dumps(report.as_json(), indent=1)] if options.json else report.lines()
+
+
+def _try_cupy() -> Mapping[str, Any]:
+    from feplb.cupy_trials import try_cupy
+
+    return try_cupy()
 
 
 def _simulate(options: argparse.Namespace) -> tuple[int, list[str]]:

@@ -68,7 +68,7 @@ class CupyLane:
         ordinal = torch.cuda.current_device() if has_gpu else 0
         self.device = torch.device("cuda", ordinal) if has_gpu else torch.device("cpu")
         self._gpu = Gpu(packages, ordinal)
-        self._copies = _copy_call(config.copy_call, packages)
+        self._copies = choose_copy_call(config.copy_call, packages)
         flags = "memops" if config.flag_call == "auto" else config.flag_call
         self._lane = CupyDevice(self._gpu, self._copies, flags)
         self.core: Any = _core.PythonLane(self._lane)
@@ -120,8 +120,12 @@ class CupyLane:
         return [_core.PythonMapping(address=arena.address, owner=arena) for arena in held]
 
 
-def _copy_call(wanted: str, packages: Packages) -> str:
-    """``auto``: batches, where driver and bindings have them."""
+def choose_copy_call(wanted: str, packages: Packages) -> str:
+    """``auto``: batches, where driver and bindings have them.
+
+    Raises:
+        RuntimeError: batches were asked for and are not to be had.
+    """
     supported = packages.runtime.driverGetVersion()
     # Bindings of CUDA 13 know a form of the call that drivers before it have not.
     needed = max(_FIRST_DRIVER_WITH_BATCHES, packages.driver.CUDA_VERSION // 1000 * 1000)

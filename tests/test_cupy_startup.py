@@ -214,10 +214,10 @@ def test_batches_are_chosen_where_driver_and_bindings_have_them(
     versions: Versions, chosen: str
 ) -> None:
     packages = Packages(versions, versions)
-    assert cupy_lane._copy_call("auto", packages) == chosen
-    assert cupy_lane._copy_call("plain", packages) == "plain"
+    assert cupy_lane.choose_copy_call("auto", packages) == chosen
+    assert cupy_lane.choose_copy_call("plain", packages) == "plain"
     if chosen == "batch":
-        assert cupy_lane._copy_call("batch", packages) == "batch"
+        assert cupy_lane.choose_copy_call("batch", packages) == "batch"
     else:
         with pytest.raises(RuntimeError, match=r'copy_call="batch" needs .*use "plain"'):
-            cupy_lane._copy_call("batch", packages)
+            cupy_lane.choose_copy_call("batch", packages)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 from feplb.config import Environment, read_environment
 from feplb.observe.core_trials import CoreFacts, TorchFacts, read_core, read_torch
+from feplb.observe.cupy_findings import NOT_TRIED, CupyFacts, read_cupy
 from feplb.observe.machine import Machine, read_machine
 from feplb.observe.nvlink import Topology, read_topology
 from feplb.observe.packages import read_packages
@@ -20,7 +21,7 @@ class Question:
     """What is judged.
 
     Args:
-        lane: "host" or "ce"; None: "ce" where a GPU is seen, else "host".
+        lane: "host", "ce" or "cupy"; None: FEPLB_LANE, else "ce" where a GPU is seen, else "host".
         arena_bytes: of one rank (``print(balancer.memory)``), above 0; None: not known.
         ranks: of this host, above 0; None: one per GPU, or 2.
     """
@@ -47,6 +48,7 @@ class Facts:
     packages: Mapping[str, str]
     environment: Environment | None
     environment_problem: str = ""
+    cupy: CupyFacts = NOT_TRIED
 
     @property
     def has_gpu(self) -> bool:
@@ -84,10 +86,18 @@ def bare(uuid: str) -> str:
     return uuid.removeprefix("GPU-").lower()
 
 
-def read_facts(*, core: ModuleType | None = None, nvml: Any = None) -> Facts:
+def read_facts(
+    *,
+    lane: str | None = None,
+    cupy: Callable[[], Mapping[str, Any]] | None = None,
+    core: ModuleType | None = None,
+    nvml: Any = None,
+) -> Facts:
     """Read and try everything. Blocks for seconds (torch); changes nothing that stays.
 
     Args:
+        lane: as in ``Question``.
+        cupy: tries the cupy lane (``feplb.cupy_trials.try_cupy``); called where that is judged.
         core: in place of feplb._core. nvml: in place of pynvml.
     """
     environment, problem = None, ""
@@ -95,6 +105,7 @@ def read_facts(*, core: ModuleType | None = None, nvml: Any = None) -> Facts:
         environment = read_environment()
     except ValueError as error:
         problem = str(error)
+    wanted = lane or (environment.lane if environment else None)
     return Facts(
         machine=read_machine(),
         processes=try_processes(),
@@ -104,4 +115,5 @@ def read_facts(*, core: ModuleType | None = None, nvml: Any = None) -> Facts:
         packages=read_packages(),
         environment=environment,
         environment_problem=problem,
+        cupy=read_cupy(cupy) if wanted == "cupy" and cupy is not None else NOT_TRIED,
     )

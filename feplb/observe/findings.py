@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 GO, NOTE, NO_GO = "go", "note", "no-go"
+GPU_LANES = ("ce", "cupy")
 WIDTH = 100
 _NOTHING = "Nothing."
 
@@ -58,7 +59,7 @@ class Report:
     """All findings, judged for one lane.
 
     Attributes:
-        lane: "host" or "ce".
+        lane: "host", "ce" or "cupy".
         because: why that lane.
     """
 

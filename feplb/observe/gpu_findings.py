@@ -1,7 +1,7 @@
 """Findings about GPUs: driver, torch's CUDA, masks, MIG, NVLink, queues, allocator.
 
-What the copy-engine lane cannot do without is a no-go where that lane is judged, and a note where
-the host lane is.
+What the lanes of GPUs (ce, cupy) cannot do without is a no-go where one of them is judged, and a
+note where the host lane is.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 from feplb.config import BalancerConfig, check_queues
+from feplb.observe.cupy_findings import cupy_findings
 from feplb.observe.facts import Facts, Question
-from feplb.observe.findings import Finding, go, names, no_go_if, note
+from feplb.observe.findings import GPU_LANES, Finding, go, names, no_go_if, note
 from feplb.observe.host_findings import ranks_here, size
-from feplb.observe.trial_findings import trial_findings
+from feplb.observe.trial_findings import peer_findings, trial_findings
 
 _OLDEST_CUDA = (11, 7)  # stream memory operations as feplb calls them
 _BATCH_CUDA = (12, 8)  # cuMemcpyBatchAsync
@@ -25,6 +26,8 @@ _UPDATE = "Install driver 570 (CUDA 12.8) or newer."
 def gpu_findings(facts: Facts, question: Question, lane: str) -> Iterator[Finding]:
     """In the order they are shown."""
     yield _toolkit(facts)
+    if lane == "cupy":
+        yield from cupy_findings(facts.cupy)
     if not facts.has_gpu:
         yield _no_gpu(facts, lane)
         return
@@ -35,7 +38,10 @@ def gpu_findings(facts: Facts, question: Question, lane: str) -> Iterator[Findin
     yield from _mig(facts, lane)
     yield from _visible(facts, lane)
     yield _nvlink(facts, lane)
-    yield from trial_findings(facts, lane)
+    if lane == "cupy":
+        yield from peer_findings(facts, lane)
+    else:
+        yield from trial_findings(facts, lane)
     yield from _gpu_memory(facts, question, lane)
     if facts.environment is not None:
         yield _queues(facts, lane)
@@ -55,12 +61,12 @@ def _no_gpu(facts: Facts, lane: str) -> Finding:
             f"given no GPU; {reason}"
         )
     return no_go_if(
-        lane == "ce",
+        lane in GPU_LANES,
         "GPUs",
         f"none: {reason}",
-        "The copy-engine lane (ce) needs GPUs. The host lane works without, and so do plan, "
+        "The copy-engine lanes (ce, cupy) need GPUs. The host lane works without, and so do plan, "
         "simulate and all CPU tests.",
-        "For the ce lane run where GPUs are; a container gets them by docker --gpus all.",
+        "For the ce or cupy lane run where GPUs are; a container gets them by docker --gpus all.",
     )
 
 
@@ -77,7 +83,7 @@ def _driver(facts: Facts, lane: str) -> Finding:
     version = facts.topology.driver or facts.machine.kernel_driver or "of unknown version"
     if cuda is None:
         return no_go_if(
-            lane == "ce",
+            lane in GPU_LANES,
             "driver",
             f"{version}; its CUDA is unknown: {facts.topology.problem or facts.core.cuda_problem}",
             "Whether it can copy in batches is not known.",
@@ -86,7 +92,7 @@ def _driver(facts: Facts, lane: str) -> Finding:
     seen = f"{version}, CUDA {cuda[0]}.{cuda[1]}"
     if cuda < _OLDEST_CUDA:
         return no_go_if(
-            lane == "ce",
+            lane in GPU_LANES,
             "driver",
             seen,
             "Too old: streams write and wait for values as feplb asks from CUDA 11.7 on.",
@@ -109,7 +115,7 @@ def _torch_cuda(facts: Facts, lane: str) -> Finding:
     if torch.cuda is None:
         built = f"ROCm {torch.hip}" if torch.hip else "the CPU only"
         return no_go_if(
-            lane == "ce",
+            lane in GPU_LANES,
             "torch and CUDA",
             f"torch {torch.version} is built for {built}",
             "Its tensors cannot be on these GPUs.",
@@ -123,7 +129,7 @@ def _torch_cuda(facts: Facts, lane: str) -> Finding:
     else:
         advice = "nvidia-smi and CUDA_VISIBLE_DEVICES say more."
     return no_go_if(
-        lane == "ce",
+        lane in GPU_LANES,
         "torch and CUDA",
         f"torch's CUDA {torch.cuda} does not start: {torch.cuda_problem}",
         "Its tensors cannot be on these GPUs.",
@@ -140,7 +146,7 @@ def _gpus(facts: Facts, lane: str) -> Iterator[Finding]:
         job = facts.job_gpus
         in_job = len(job) < len(facts.visible) or any(facts.topology.gpus[at].problem for at in job)
         yield no_go_if(
-            lane == "ce" and in_job,
+            lane in GPU_LANES and in_job,
             "GPUs",
             names(lost, 2),
             "A GPU that NVML cannot reach cannot be used.",
@@ -174,7 +180,7 @@ def _mig(facts: Facts, lane: str) -> Iterator[Finding]:
     mask = facts.environment.cuda_visible_devices if facts.environment else None
     if cut or "MIG-" in (mask or ""):
         yield no_go_if(
-            lane == "ce",
+            lane in GPU_LANES,
             "MIG",
             f"on: {names(cut)}" if cut else f"CUDA_VISIBLE_DEVICES={mask}",
             "Instances of a cut GPU reach no peer: no NVLink, no CUDA IPC.",
@@ -193,7 +199,7 @@ def _visible(facts: Facts, lane: str) -> Iterator[Finding]:
     seen = f"CUDA_VISIBLE_DEVICES={mask or '(empty)'}, {there} GPUs here"
     entries = [entry for entry in mask.split(",") if entry.strip()]
     if not entries or entries[0].strip() == "-1":
-        yield no_go_if(lane == "ce", name, seen, "It hides every GPU.", "Unset it.")
+        yield no_go_if(lane in GPU_LANES, name, seen, "It hides every GPU.", "Unset it.")
     elif len(entries) == 1 and there > 1:
         yield note(
             name,
@@ -213,7 +219,9 @@ def _nvlink(facts: Facts, lane: str) -> Finding:
     name = "NVLink"
     if topology.problem:
         return no_go_if(
-            lane == "ce" and not is_split and max(len(facts.visible), facts.machine.gpu_nodes) > 1,
+            lane in GPU_LANES
+            and not is_split
+            and max(len(facts.visible), facts.machine.gpu_nodes) > 1,
             name,
             f"unknown: {topology.problem}",
             "What is not known counts as no NVLink, and the lane uses nothing else.",
@@ -234,7 +242,7 @@ def _nvlink(facts: Facts, lane: str) -> Finding:
     reasons = Counter(pair.why_not for pair in apart)
     first = [f"{pair.first}-{pair.second}" for pair in apart]
     return no_go_if(
-        lane == "ce" and not is_split,
+        lane in GPU_LANES and not is_split,
         name,
         f"{len(apart)} of {len(pairs)} pairs are not joined ({names(first)}): "
         f"{names(list(reasons), 2)}",
@@ -266,7 +274,7 @@ def _gpu_memory(facts: Facts, question: Question, lane: str) -> Iterator[Finding
     seen = f"{size(min(known))} free on the fullest GPU"
     if need > min(known):
         yield no_go_if(
-            lane == "ce",
+            lane in GPU_LANES,
             "GPU memory",
             seen,
             f"Too little for {each} x {size(question.arena_bytes)} of arena.",
@@ -284,7 +292,7 @@ def _queues(facts: Facts, lane: str) -> Finding:
     except ValueError as error:
         seen, _, advice = str(error).partition(". ")
         means = "Copies would wait behind kernels, and little be gained."
-        return no_go_if(lane == "ce", "queues", seen, means, advice)
+        return no_go_if(lane in GPU_LANES, "queues", seen, means, advice)
     values = {
         "CUDA_DEVICE_MAX_CONNECTIONS": environment.cuda_connections,
         "CUDA_DEVICE_MAX_COPY_CONNECTIONS": environment.cuda_copy_connections,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from feplb.observe.core_trials import CudaDevice, CudaFacts, Trial
 from feplb.observe.facts import Facts, bare
-from feplb.observe.findings import Finding, go, names, no_go_if, note
+from feplb.observe.findings import GPU_LANES, Finding, go, names, no_go_if, note
 
 _TRIALS = "GPU trials"
 _ARENA = ("vmm", "cuda_ipc")
@@ -44,13 +44,20 @@ def trial_findings(facts: Facts, lane: str) -> Iterator[Finding]:
             "See visible GPUs.",
         )
         return
-    yield from _engines(cuda, lane)
-    yield _peer_access(facts, cuda, lane)
+    yield from peer_findings(facts, lane)
     yield from _broken_trials(cuda, lane)
     yield _arena(cuda, lane)
     yield from _flags(cuda, lane)
     yield from _batch(cuda)
     yield _locked_memory(facts, cuda)
+
+
+def peer_findings(facts: Facts, lane: str) -> Iterator[Finding]:
+    """Copy engines and peer access, as the driver says: for every lane of GPUs."""
+    cuda = facts.core.cuda
+    if cuda is not None and cuda.devices:
+        yield from _engines(cuda, lane)
+        yield _peer_access(facts, cuda, lane)
 
 
 def _trial(device: CudaDevice, name: str) -> Trial | None:
@@ -78,7 +85,7 @@ def _engines(cuda: CudaFacts, lane: str) -> Iterator[Finding]:
     without = [f"cuda:{at}" for at, each in enumerate(cuda.devices) if each.async_engines == 0]
     if without:
         yield no_go_if(
-            lane == "ce",
+            lane in GPU_LANES,
             "copy engines",
             f"none on {names(without)}",
             "Every copy would run on SMs.",
@@ -108,7 +115,7 @@ def _peer_access(facts: Facts, cuda: CudaFacts, lane: str) -> Finding:
     if linked.intersection(cuda.no_peer_access):
         advice = "NVLink is there: look at the virtual machine, the IOMMU and MIG; or use "
     return no_go_if(
-        lane == "ce",
+        lane in GPU_LANES,
         name,
         f"none: {names(refused, 2)}",
         "A copy between these GPUs would go through the host, silently.",
