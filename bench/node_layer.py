@@ -47,7 +47,8 @@ NUM_ROUTINGS = 4
 CHECKED = ("output", "grad of tokens", "grad of w1", "grad of w2", "grad of the router")
 NO_GPU_LANE = (
     "This bench runs the host lane only so far; --cpu runs it on this machine's CPUs, which shows "
-    "that it runs and not how fast a GPU is. What is measured on GPUs: bench/gpu.sh."
+    "that it runs and not how fast a GPU is. bench/layer_time.py runs the layer over the GPUs of "
+    "one machine, bench/gpu.sh all benches of GPUs."
 )
 
 

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import torch
 
 from .config import BalancerConfig
 from .cupy_device import CupyDevice, PeerArena
 from .cupy_gpu import Arena, Gpu, Packages
+from .links import check_nvlink
 
 if TYPE_CHECKING:
     from .lanes import OpenSegment
     from .peers import DomainRanks, Peers
 
 _CANARY_BYTES = 64 << 20  # at 400 GB/s many times what the submission takes
-_FIRST_DRIVER_WITH_BATCHES = 12080
+_OLDEST_DRIVER, _FIRST_DRIVER_WITH_BATCHES = 11070, 12080
 
 
 def import_packages() -> Packages:
@@ -63,10 +65,13 @@ class CupyLane:
         if not has_gpu and not packages.is_stand_in:
             raise RuntimeError(
                 f"lane='cupy': PyTorch {torch.__version__} sees no GPU (torch.cuda.is_available() "
-                "is False). Install a CUDA build of it, or use lane='host'."
+                "is False). Install a CUDA build of it, look at CUDA_VISIBLE_DEVICES and at what "
+                "the container was given (docker: --gpus all), or use lane='host'."
             )
+        _check_driver(packages)
         ordinal = torch.cuda.current_device() if has_gpu else 0
         self.device = torch.device("cuda", ordinal) if has_gpu else torch.device("cpu")
+        self._is_stand_in = packages.is_stand_in
         self._gpu = Gpu(packages, ordinal)
         self._copies = choose_copy_call(config.copy_call, packages)
         flags = "memops" if config.flag_call == "auto" else config.flag_call
@@ -85,6 +90,9 @@ class CupyLane:
         own = self._arenas[0]
         said = peers.together(lambda: (own.export(), self._gpu.uuids(), self._gpu.ordinal))
         of_ranks = [said[rank] for rank in domain.group_ranks]
+        if not self._is_stand_in:  # it has no NVML beside it
+            gpus = [uuid_text(uuids[ordinal]) for _, uuids, ordinal in of_ranks]
+            peers.together(lambda: check_nvlink(gpus, domain.global_ranks))
 
         def open_all() -> None:
             self._arenas = [
@@ -118,6 +126,21 @@ class CupyLane:
 
         held, self._arenas = self._arenas, []
         return [_core.PythonMapping(address=arena.address, owner=arena) for arena in held]
+
+
+def uuid_text(uuid: bytes) -> str:
+    """As nvidia-smi writes it: GPU-, then groups of 8, 4, 4, 4 and 12 digits."""
+    return f"GPU-{UUID(bytes=uuid)}"
+
+
+def _check_driver(packages: Packages) -> None:
+    supported = packages.runtime.driverGetVersion()
+    if supported < _OLDEST_DRIVER:
+        raise RuntimeError(
+            f"the CUDA driver is too old: it supports CUDA {supported // 1000}."
+            f"{supported % 1000 // 10}, feplb needs 11.7 or newer, for streams that wait for a "
+            "flag. Update the NVIDIA driver."
+        )
 
 
 def choose_copy_call(wanted: str, packages: Packages) -> str:

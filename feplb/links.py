@@ -35,9 +35,10 @@ def check_nvlink(
             why = f" NVML: {said}." if said else ""
             raise RuntimeError(
                 f"the GPUs of ranks {global_ranks[a]} ({first}) and {global_ranks[b]} ({second}) "
-                f"are not known to be joined by NVLink.{why} The ce lane moves rows through NVLink "
-                "only. Give each NVLink domain a name of its own in FEPLB_DOMAIN; install "
-                "nvidia-ml-py if NVML could not be asked; `feplb doctor` shows what it says."
+                f"are not known to be joined by NVLink.{why} Rows move through NVLink only, and "
+                "instances of a GPU in MIG mode have none: use whole GPUs. Give each NVLink domain "
+                "a name of its own in FEPLB_DOMAIN; install nvidia-ml-py if NVML could not be "
+                "asked; or use lane='host'. `feplb doctor` shows what NVML says."
             )
 
 

@@ -224,6 +224,14 @@ LACKS: dict[str, tuple[Machine, str]] = {
         ({"STAND_IN_FAIL": "cuIpcOpenMemHandle:800"}, {"arena_handle": "ipc"}),
         r"IPC of a peer's arena was refused: .*\(800\).*--ipc=host.*arena_handle=\"vmm\"",
     ),
+    "descriptors refused": (
+        ({"STAND_IN_FAIL": "cuMemExportToShareableHandle:801"}, {}),
+        r"as a file descriptor was refused: .*\(801\).*\(no MIG\).*arena_handle=\"ipc\"",
+    ),
+    "descriptors refused by the other": (
+        ({"STAND_IN_FAIL": "cuMemImportFromShareableHandle:800"}, {}),
+        r"opening a peer's arena as a file descriptor was refused: .*\(800\).*one container",
+    ),
     "no peer access": (({"STAND_IN_FAIL": "cuMemSetAccess:217:1"}, {}), PEER),
     "no peer access, ipc": (
         ({"STAND_IN_FAIL": "cuIpcOpenMemHandle:217"}, {"arena_handle": "ipc"}),

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import re
 import sys
 import threading
@@ -16,11 +17,15 @@ import pytest
 import stand_in
 from balancer_cases import PLAIN, Arm, build, resources_in_use
 from balancer_scenarios import attempt, call_and_check
+from nvml_stand_in import UUIDS, Nvml
 from ranks import run_ranks
 from stand_in import StandIn
 
 from feplb import BalancerConfig, cupy_lane
+from feplb.cupy_device import CupyDevice
 from feplb.cupy_gpu import Arena, Packages
+from feplb.links import check_nvlink
+from feplb.observe.nvlink import read_topology
 
 BAD_RANK = 1
 SICK = 700  # what a driver says for ever after an illegal address
@@ -130,6 +135,68 @@ def test_copies_that_name_both_gpus_must_see_both() -> None:
     assert re.match(r'RuntimeError: copy_call="peer" must know .*CUDA_VISIBLE_DEVICES', masked)
 
 
+def test_a_uuid_is_written_as_everybody_writes_it() -> None:
+    assert cupy_lane.uuid_text(bytes(range(16))) == "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"
+
+
+def on_gpus_apart(rank: int, num_ranks: int) -> tuple[str, str]:
+    """Each rank on a GPU of its own, where NVML can be asked; and then both on one."""
+    init, asked = cupy_lane.CupyLane.__init__, []
+
+    def with_nvml(self: Any, config: BalancerConfig) -> None:
+        init(self, config)
+        self._is_stand_in = False
+
+    def switches_but_gpu_1(uuids: list[str], ranks: Any) -> None:
+        asked.append(uuids)
+        topology = read_topology(uuids, nvml=Nvml(links={1: []}))
+        check_nvlink(uuids, ranks, topology=topology)
+
+    cupy_lane.CupyLane.__init__ = with_nvml  # type: ignore[method-assign]
+    cupy_lane.check_nvlink = switches_but_gpu_1
+    cupy_lane.uuid_text = lambda _: UUIDS[0]
+    together = attempt(lambda: build().close())
+    cupy_lane.uuid_text = lambda uuid: UUIDS[uuid[-1] % 2]
+    cupy_lane.Gpu.uuids = lambda self: [bytes(15) + bytes([rank])]  # type: ignore[method-assign]
+    apart = attempt(build)
+    assert asked == [[UUIDS[0]] * 2, UUIDS[:2]]
+    return together, apart
+
+
+def test_gpus_that_only_pcie_joins_are_refused() -> None:
+    for together, apart in run_ranks(on_gpus_apart, 2):
+        assert together == "None"
+        assert re.match("RuntimeError: .*not known to be joined by NVLink", apart)
+        assert all(word in apart for word in ("PCIe only", "FEPLB_DOMAIN", "lane='host'"))
+
+
+def lose_what_is_sent(rank: int, num_ranks: int) -> str:
+    """Copies of one rank are accepted, and nothing travels."""
+    if rank == BAD_RANK:
+        CupyDevice.copy_batch = lambda *_: None  # type: ignore[method-assign]
+    return attempt(lambda: build(deadline_s=5.0))
+
+
+def test_a_lane_that_carries_nothing_is_refused_by_its_pattern() -> None:
+    for said in run_ranks(lose_what_is_sent, 2):
+        assert re.match(
+            r"RuntimeError: .*byte \d+ of rank 1's pattern is \d+, expected \d+: this lane",
+            said,
+        ), said
+
+
+def with_an_old_driver(rank: int, num_ranks: int) -> str:
+    os.environ["STAND_IN_VERSION"] = "11040"  # before this process opens it
+    return attempt(build)
+
+
+def test_a_driver_too_old_is_told_with_what_it_supports() -> None:
+    for said in run_ranks(with_an_old_driver, 2):
+        assert re.match(
+            r"RuntimeError: .*too old: it supports CUDA 11\.4, feplb needs 11\.7 .*Update the", said
+        ), said
+
+
 # ----------------------------------------------------------------------------------------- context
 
 
@@ -184,7 +251,9 @@ def test_a_missing_package_is_told_with_the_line_that_installs_it(
 
 def test_packages_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cupy_lane, "import_packages", lambda: Packages(None, None))
-    with pytest.raises(RuntimeError, match=r"sees no GPU.*Install a CUDA build.*lane='host'"):
+    with pytest.raises(
+        RuntimeError, match=r"no GPU.*a CUDA build.*CUDA_VISIBLE_DEVICES.*lane='host'"
+    ):
         cupy_lane.CupyLane(BalancerConfig(lane="cupy"))
 
 

@@ -65,8 +65,14 @@ def test_a_gpu_behind_pcie_is_refused_by_its_ranks() -> None:
     text = str(error.value)
     assert f"ranks 8 ({UUIDS[0]}) and 11 ({UUIDS[3]}) are not known to be joined" in text
     assert "GPU 3 has no active NVLink: PCIe only" in text
-    assert "FEPLB_DOMAIN" in text
+    assert all(advice in text for advice in ("FEPLB_DOMAIN", "lane='host'"))
     check_nvlink(UUIDS[:3], [8, 9, 10], topology=topology)  # the others may
+
+
+def test_a_gpu_in_mig_mode_is_refused_with_what_to_choose() -> None:
+    topology = read_topology(nvml=Nvml(num_gpus=2, mig={1}))
+    with pytest.raises(RuntimeError, match=r"GPU 1 is in MIG mode.*use whole GPUs"):
+        check_nvlink(UUIDS[:2], [0, 1], topology=topology)
 
 
 def test_a_machine_without_nvml_is_refused_with_the_reason() -> None:

@@ -45,6 +45,13 @@ void refuse_fabric(const Driver& driver, Result result, const char* what) {
                   "each host a FEPLB_DOMAIN of its own."));
 }
 
+void refuse_descriptor(const Driver& driver, Result result, const char* what) {
+  if (result != kNotPermitted && result != kNotSupported) return;
+  throw Error(cat(what, " as a file descriptor was refused: ", driver.text(result),
+                  ". This GPU or this container shares no memory that way: give all ranks one "
+                  "container and whole GPUs (no MIG), or use arena_handle=\"ipc\"."));
+}
+
 }  // namespace
 
 DeviceContext::DeviceContext(std::shared_ptr<const Driver> driver, int ordinal)
@@ -151,6 +158,7 @@ void DeviceArena::import(void* shareable) {
   mapped_ = in_whole_pages();
   const Result result = driver.import_allocation(&allocation_, shareable, handle_type(way_));
   if (way_ == ArenaWay::kFabric) refuse_fabric(driver, result, "opening a peer's arena");
+  if (way_ == ArenaWay::kVmm) refuse_descriptor(driver, result, "opening a peer's arena");
   driver.check(result, "importing a peer's arena");
   map(allocation_);
 }
@@ -198,8 +206,10 @@ std::unique_ptr<DeviceArena> DeviceArena::open_ipc(std::shared_ptr<DeviceContext
 Fd DeviceArena::export_fd() const {
   const CurrentContext current(*context_);
   int fd = -1;
-  context_->driver().check(context_->driver().export_allocation(&fd, allocation_, kHandlePosix, 0),
-                           "exporting the arena as a file descriptor");
+  const Driver& driver = context_->driver();
+  const Result result = driver.export_allocation(&fd, allocation_, kHandlePosix, 0);
+  refuse_descriptor(driver, result, "exporting the arena");
+  driver.check(result, "exporting the arena as a file descriptor");
   return Fd(fd);
 }
 

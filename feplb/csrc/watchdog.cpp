@@ -27,7 +27,7 @@ Fd open_pidfd(int rank, pid_t pid) {
   if (!fd) {
     throw Error(cat(errno_text(cat("pidfd_open of rank ", rank, " (pid ", pid, ")"), errno),
                     "; ranks of one domain must see each other's processes (Linux 5.3 or newer, "
-                    "one pid namespace)"));
+                    "one pid namespace, and a seccomp profile that allows pidfd_open)"));
   }
   return fd;
 }
