@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 from typing import Any, Protocol, cast
 
+from feplb.observe.arena_peer import try_peer
+
 _TRIAL_BYTES = 1 << 20
 DRIVER = "libcuda.so.1"
+_WAYS = {"vmm": "vmm", "cuda_ipc": "ipc"}  # trial -> BalancerConfig.arena_handle
 
 
 class CudaTrials(Protocol):
@@ -215,9 +218,26 @@ def _trials_on(core: CudaTrials, device: int, library: str) -> tuple[Trial, ...]
         said = core.cuda_trials(device, library)
     except RuntimeError as error:
         return (Trial(name="trials", ok=False, seen=str(error)),)
-    return tuple(
+    trials = [
         Trial(name=str(each["name"]), ok=bool(each["ok"]), seen=str(each["seen"])) for each in said
-    )
+    ]
+    return tuple(_with_a_peer(core, device, library, trials))
+
+
+def _with_a_peer(
+    core: CudaTrials, device: int, library: str, trials: Sequence[Trial]
+) -> Iterator[Trial]:
+    """The same; what one process could share, a second one has tried to open."""
+    ways = [_WAYS[trial.name] for trial in trials if trial.name in _WAYS and trial.ok]
+    opened = try_peer(core, library, device, ways) if ways and hasattr(core, "CudaLane") else {}
+    for trial in trials:
+        problem = opened.get(_WAYS.get(trial.name, ""))
+        if problem is None:
+            yield trial
+        elif problem:
+            yield Trial(name=trial.name, ok=False, seen=f"opened by a second process: {problem}")
+        else:
+            yield replace(trial, seen=f"{trial.seen}; a second process opened one")
 
 
 def _device(said: Mapping[str, Any], trials: tuple[Trial, ...]) -> CudaDevice:
