@@ -207,8 +207,8 @@ def measure(schedule: Schedule, rank: int, words: Any, show_progress: bool) -> R
     order, samples = random.Random(0), []
     gc.disable()
     try:
-        rate = layer.balancers["auto"].domain.lane_gbps
-        startup = predicted_costs(BalancerConfig(), schedule.shape.spec(), rate)
+        rates = layer.balancers["auto"].domain.lane_rates
+        startup = predicted_costs(BalancerConfig(), schedule.shape.spec(), rates)
         for routing in schedule.routings():
             if routing.seed == 0:
                 layer.check(routing, schedule.policies)
@@ -222,7 +222,7 @@ def measure(schedule: Schedule, rank: int, words: Any, show_progress: bool) -> R
                 print(f"measured {routing}", flush=True)
     finally:
         layer.close()
-    return RankResult(samples=samples, startup=startup, lane_gbps=rate)
+    return RankResult(samples=samples, startup=startup, lane_rates=rates)
 
 
 def main(options: Namespace) -> None:

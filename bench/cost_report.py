@@ -29,7 +29,8 @@ def print_report(
     """Constants, the three tables, and what they come to."""
     shown = constants.costs[STARTUP]
     print(
-        f"start-up: lane {constants.lane_gbps:.1f} GB/s as measured at start-up; {shown}\n"
+        f"start-up: lane {constants.lane_rates.out_gbps:.1f} GB/s out of a source, "
+        f"{constants.lane_rates.in_gbps:.1f} GB/s into a destination, as measured; {shown}\n"
         f"fitted: {constants.gflops:.0f} GFLOP/s, none arm (forward, dgrad, wgrad: "
         + ", ".join(f"{rate:.0f}" for rate in constants.gflops_of.values())
         + f"); not used: the copy threads' {constants.copy_thread_gbps:.1f} GB/s of CPU time"

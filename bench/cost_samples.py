@@ -13,7 +13,7 @@ from layer_arms import NONE, NUM_RANKS, Shape
 from report import median
 
 from feplb import BalancerConfig
-from feplb.costs import predicted_costs
+from feplb.costs import LaneRates, predicted_costs
 from feplb.scheduler import Move
 from feplb.scheduler.cost_model import UnitCosts, ceiling, predict
 from feplb.scheduler.workloads import Rows, lognormal_loads
@@ -73,7 +73,7 @@ class RankResult:
 
     samples: list[RankSample]
     startup: UnitCosts
-    lane_gbps: float
+    lane_rates: LaneRates
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +117,14 @@ class Constants:
     Args:
         costs: by model.
         gflops: GEMM rate of the none arm in CPU time; gflops_of: of each function of the compute.
-        lane_gbps: as the Balancers measured it when they started.
+        lane_rates: as the Balancers measured it when they started.
         copy_thread_gbps: bytes per CPU time of the copy threads in the calls timed.
     """
 
     costs: dict[str, UnitCosts]
     gflops: float
     gflops_of: dict[str, float]
-    lane_gbps: float
+    lane_rates: LaneRates
     copy_thread_gbps: float
 
 
@@ -158,15 +158,15 @@ def constants_of(
     }
     whole = median([gemm_gflops([*of.values()], spec.flops_per_row, startup.gemm) for of in gemms])
     moving = [rank for sample in samples for rank in sample.of_ranks if rank.moved_bytes]
-    lane_gbps = results[0].lane_gbps
+    lane_rates = results[0].lane_rates
     return Constants(
         costs={
             STARTUP: startup,
-            FITTED: predicted_costs(BalancerConfig(gemm_gflops=whole), spec, lane_gbps),
+            FITTED: predicted_costs(BalancerConfig(gemm_gflops=whole), spec, lane_rates),
         },
         gflops=whole,
         gflops_of=rates,
-        lane_gbps=lane_gbps,
+        lane_rates=lane_rates,
         copy_thread_gbps=median([r.moved_bytes / r.copy_cpu_ns for r in moving]) if moving else 0.0,
     )
 

@@ -93,7 +93,7 @@ def rows_in_kept_b(plan: Plan, rank: int, machine: Machine, expert: ExpertShape)
     """As Balancer chooses it, at the preset's rates; 0 where the rank sends and gets nothing."""
     if not any(rank in (move.owner_rank, move.dst_rank) for move in plan.moves):
         return 0
-    returning = rows_on_the_way_back(rank, plan.as_array())
+    returning = max(rows_on_the_way_back(rank, plan.as_array()))
     row_s = expert.flops_per_row / (machine.gemm_tflops * 1e12)
     return int(returning * expert.row_bytes / (machine.lane_gbps * 1e9) / row_s) + 1
 

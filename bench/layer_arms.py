@@ -21,7 +21,7 @@ from torch import Tensor
 
 from feplb import Balancer, BalancerConfig, ExpertCompute, LayerSpec
 from feplb.compute import Saved
-from feplb.costs import CPU_GFLOPS_PER_THREAD, predicted_costs
+from feplb.costs import CPU_GFLOPS_PER_THREAD, LaneRates, predicted_costs
 from feplb.moe import MoEConfig, MoELayer
 from feplb.router import TopKRouter
 from feplb.scheduler import Plan, PlanLimits, make_plan, plan_violations
@@ -164,7 +164,7 @@ def pieces_under(plan: Plan, counts: Rows, rank: int) -> list[Piece]:
 
 def plan_of(policy: str, counts: Rows, shape: Shape) -> Plan:
     """What a Balancer of this policy will do; check_arms compares."""
-    costs = predicted_costs(config_of(policy), shape.spec(), measured_gbps=0)
+    costs = predicted_costs(config_of(policy), shape.spec(), LaneRates(0, 0))
     plan = make_plan(policy, counts, shape.limits(), costs=costs)
     if violations := plan_violations(plan, counts, shape.limits()):
         raise RuntimeError(f"{policy}: " + "; ".join(violations))

@@ -136,7 +136,7 @@ class Balancer:
         own = identity(config, self.policy, self.layers, gpu_of(config, environment))
         core, lane = connect(peers, ranks, own, environment, config, reservation)
         for layer, spec in enumerate(self.layers):
-            costs = layer_costs(config, spec, lane.gbps, lane.machine)
+            costs = layer_costs(config, spec, lane.rates, lane.machine)
             core.set_costs(layer, asdict(costs))
         open_together(peers, core)
         self.device = lane.device
@@ -144,8 +144,9 @@ class Balancer:
         self.domain = DomainCalls(core, ranks, config, self.layers, lane)
         self._stats_at_start: dict[str, int] = core.stats()
         logger.info(
-            "rank %d: domain of ranks %s, lane %s, canary ok, %.1f GB/s\n%s",
-            self.global_rank, self.global_ranks, lane.description, lane.gbps, self.memory,
+            "rank %d: domain of ranks %s, lane %s, canary ok, %.1f GB/s out, %.1f GB/s in\n%s",
+            self.global_rank, self.global_ranks, lane.description,
+            lane.rates.out_gbps, lane.rates.in_gbps, self.memory,
         )  # fmt: skip
 
     def _reserve(self) -> Reservation:

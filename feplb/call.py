@@ -193,19 +193,28 @@ def kept_segments(counts: Sequence[int], sent: Sequence[RoutedMove]) -> list[Seg
     return segments
 
 
-def rows_on_the_way_back(rank: int, moves: np.ndarray) -> int:
+def rows_on_the_way_back(rank: int, moves: np.ndarray) -> tuple[int, int]:
     """Rows whose way back the kept B of ``rank`` should cover, [num_moves, 5] moves of all ranks.
 
-    What comes back to it, what it sends back, and what others send to the same owners, who take in
-    no faster than their own link. (Covering only one's own leaves a twentieth of forward's gain
-    where an owner has several helpers, modelled: scheduler/cost_model.py.)
+    Returns (out, in). In: what comes back to it, and what others send to the same owners, who take
+    in no faster than their own link. (Covering only one's own leaves a twentieth of forward's gain
+    where an owner has several helpers, modelled: scheduler/cost_model.py.) Out: what it sends back,
+    and what one of its helpers does, who sends all it has got in a row.
 
-    Example: 6 rows of rank 0 go to rank 1 and 2 to rank 2 -> 8 for each of the three.
+    Example: 6 rows of rank 0 go to rank 1 and 2 to rank 2 -> (6, 8), (6, 8) and (2, 8).
     """
     owner, helper, num_rows = moves[:, 1], moves[:, 2], moves[:, 4] - moves[:, 3]
-    owners = {rank, *owner[helper == rank].tolist()}
-    most_sent = max(int(num_rows[owner == r].sum()) for r in owners)
-    return max(most_sent, int(num_rows[helper == rank].sum()))
+
+    def sent_by(r: int) -> int:
+        return int(num_rows[owner == r].sum())
+
+    def got_by(r: int) -> int:
+        return int(num_rows[helper == r].sum())
+
+    owners, helpers = set(owner[helper == rank].tolist()), set(helper[owner == rank].tolist())
+    own = sent_by(rank)
+    rows_out = max([got_by(rank), *(min(got_by(r), own) for r in helpers)])
+    return rows_out, max([own, *(sent_by(r) for r in owners)])
 
 
 def split_kept(segments: list[Segment], rows_in_b: int) -> tuple[list[Segment], list[Segment]]:

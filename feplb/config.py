@@ -235,7 +235,8 @@ class BalancerConfig:
             has it. The cupy lane has ipc alone.
         gemm_gflops: a rank's expert GEMM rate in 10^9 operations per second, to size kept B (the
             work that hides the way back) and for ``auto``; None: 120 per CPU thread.
-        lane_gbps: rate of the way back in 10^9 bytes per second; None: as measured at start-up.
+        lane_gbps: rate of the lane, out of a source and into a destination, in 10^9 bytes per
+            second; None: both as measured at start-up.
         allow_single_queue: on GPUs, accept ``CUDA_DEVICE_MAX_CONNECTIONS=1`` without a setting for
             copies: they then wait behind kernels, and little is gained.
     """

@@ -15,6 +15,7 @@ import torch
 
 from .config import BalancerConfig, Environment, LayerSpec
 from .gpu_costs import machine_of
+from .lane_rates import measure_rates
 from .lanes import Lane, ProvenLane, open_lane
 from .memory import MemoryReport
 from .mesh import connect_mesh
@@ -168,10 +169,10 @@ def connect(
     finally:
         segments.remove(domain.num_ranks)
     canary = min(lane.canary_bytes, arena_bytes // domain.num_ranks // 64 * 64)
-    rates = peers.together(lambda: float(domains[0].prove_lane(canary)))
-    gbps = min(rates[rank] for rank in domain.group_ranks)
+    rates = measure_rates(peers, domain, domains[0], canary, has_links=lane.has_links)
+    peers.together(lambda: domains[0].prove_lane(canary))
     machine = machine_of(own["GPU"]) if own["GPU"] else None
-    return domains[0], ProvenLane(lane.device, gbps, lane.description, machine)
+    return domains[0], ProvenLane(lane.device, rates, lane.description, machine)
 
 
 def open_together(peers: Peers, core: Any) -> None:

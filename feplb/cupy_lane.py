@@ -79,6 +79,7 @@ class CupyLane:
         self.core: Any = _core.PythonLane(self._lane)
         self.description = f"cupy ({self._copies} copies, flags by {flags}, ipc arena)"
         self.canary_bytes = _CANARY_BYTES
+        self.has_links = True
         self._arenas: list[Arena] = [Arena(self._gpu)]  # this rank's own, later all
 
     def reserve(self, create: OpenSegment, rank: int, num_bytes: int) -> None:

@@ -28,7 +28,7 @@ from .call import (
     rows_on_the_way_back,
 )
 from .config import BalancerConfig, LayerSpec
-from .costs import lane_gbps
+from .costs import lane_rates
 from .gpu_costs import rank_gflops
 from .lanes import ProvenLane
 from .peers import DomainRanks
@@ -77,7 +77,7 @@ class DomainCalls:
         config, layers: as the Balancer has them.
         lane: as proven at start-up.
     Attributes:
-        lane_gbps: rate of the lane that is planned with, 10^9 bytes per second.
+        lane_rates: those of the lane that are planned with.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class DomainCalls:
         self.micro_batches = [0] * len(layers)
         self._config = config
         self._rank = ranks.rank
-        self.lane_gbps = lane_gbps(config, lane.gbps)
+        self.lane_rates = lane_rates(config, lane.rates)
         self._gemm_gflops = rank_gflops(config, lane.machine)
         self._device = lane.device
         self._views: ArenaViews | None = ArenaViews(core, layers, lane.device)
@@ -291,10 +291,11 @@ class DomainCalls:
         """Rows of kept work that take as long as what this rank waits for, or sends, travels."""
         if not agreement.sent and not agreement.received:
             return 0
-        returning = rows_on_the_way_back(self._rank, agreement.moves)
-        seconds_per_row = spec.flops_per_row / (self._gemm_gflops * 1e9)
-        way_back_s = returning * spec.row_bytes / (self.lane_gbps * 1e9)
-        return int(way_back_s / seconds_per_row) + 1
+        rows_out, rows_in = rows_on_the_way_back(self._rank, agreement.moves)
+        ns_per_row = spec.flops_per_row / self._gemm_gflops
+        rates = self.lane_rates
+        way_back_ns = spec.row_bytes * max(rows_out / rates.out_gbps, rows_in / rates.in_gbps)
+        return int(way_back_ns / ns_per_row) + 1
 
     # ------------------------------------------------------------------------ level 3, weight grads
 

@@ -1,7 +1,7 @@
-"""What the cost model is told about a layer on GPUs: presets by name, and the lane's rate.
+"""What the cost model is told about a layer on GPUs: presets by name, and the lane's rates.
 
-The copies' rate is measured at start-up; rates of GEMMs and memory come from scheduler/machines.py
-unless the config names one. Every input is the same on all ranks of a domain.
+The copies' rates are measured at start-up; those of GEMMs and memory come from
+scheduler/machines.py unless the config names one. Every input is the same on all ranks of a domain.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from .config import BalancerConfig, LayerSpec
-from .costs import gemm_gflops, lane_gbps, predicted_costs
+from .costs import LaneRates, gemm_gflops, lane_rates, predicted_costs
 from .scheduler.cost_model import UnitCosts, picoseconds
 from .scheduler.machines import MACHINES, Machine, preset_of
 
@@ -39,23 +39,24 @@ def rank_gflops(config: BalancerConfig, machine: Machine | None) -> float:
 
 
 def layer_costs(
-    config: BalancerConfig, spec: LayerSpec, measured_gbps: float, machine: Machine | None
+    config: BalancerConfig, spec: LayerSpec, measured: LaneRates, machine: Machine | None
 ) -> UnitCosts:
     """Costs of one layer where its rows live; machine None: on the CPU."""
     if machine is None:
-        return predicted_costs(config, spec, measured_gbps)
-    return gpu_costs(config, spec, measured_gbps, machine)
+        return predicted_costs(config, spec, measured)
+    return gpu_costs(config, spec, measured, machine)
 
 
 def gpu_costs(
-    config: BalancerConfig, spec: LayerSpec, measured_gbps: float, machine: Machine
+    config: BalancerConfig, spec: LayerSpec, measured: LaneRates, machine: Machine
 ) -> UnitCosts:
     """Costs of one layer on the ce lane.
 
     The window in which weight grads come home is the backward of the dispatch; a rank is taken to
     dispatch ``max_rows`` rows.
     """
-    rate = lane_gbps(config, measured_gbps)
+    rates = lane_rates(config, measured)
+    rate = rates.out_gbps
     row = picoseconds(spec.flops_per_row, rank_gflops(config, machine))
     row_bytes = spec.row_bytes + sum(data.num_bytes for data in spec.row_data)
     push = picoseconds(spec.expert_bytes, rate)
@@ -76,4 +77,5 @@ def gpu_costs(
         late_window=picoseconds(spec.max_rows * spec.row_bytes, machine.dispatch_gbps),
         start=round(machine.start_us * 1e6),
         copy=round(machine.copy_us * 1e6),
+        inbound_permille=rates.inbound_permille,
     )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from .config import BalancerConfig, Environment
+from .costs import LaneRates
 from .cupy_lane import CupyLane
 from .links import check_fabric, check_nvlink
 from .observe.nvlink import read_topology
@@ -43,12 +44,14 @@ class Lane(Protocol):
         core: what the C++ Domain is given.
         description: for the log: what was chosen.
         canary_bytes: what start-up pushes to each peer to prove and to measure the lane.
+        has_links: a rank takes in what its peers push by a link, at a rate of its own.
     """
 
     device: torch.device
     core: Any
     description: str
     canary_bytes: int
+    has_links: bool
 
     def reserve(self, create: OpenSegment, rank: int, num_bytes: int) -> None:
         """Reserve this rank's arena."""
@@ -111,6 +114,7 @@ class HostLane:
         self.core: Any = _core.HostLane()
         self.description = "host"
         self.canary_bytes = _HOST_CANARY_BYTES
+        self.has_links = False
 
     def reserve(self, create: OpenSegment, rank: int, num_bytes: int) -> None:
         create(str(rank), num_bytes)
@@ -164,6 +168,7 @@ class CopyEngineLane:
         where = ", flags in GPU memory" if over_hosts else ""
         self.description = f"ce ({self.core.calls}{where}, {self._way} arena)"
         self.canary_bytes = _CE_CANARY_BYTES
+        self.has_links = True
         self._own: Any = None
         self._over_hosts = over_hosts
         self._opened: list[Any] = []
@@ -341,12 +346,12 @@ class ProvenLane:
 
     Args:
         device: where rows, weights and gradients live.
-        gbps: rate of the slowest rank, 10^9 bytes per second.
+        rates: measured, each that of the slowest rank.
         description: for the log.
         machine: rates of the GPU; None where rows live on the CPU.
     """
 
     device: torch.device
-    gbps: float
+    rates: LaneRates
     description: str
     machine: Machine | None = None

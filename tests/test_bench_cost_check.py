@@ -22,6 +22,7 @@ from cost_samples import CEILING, Constants, RankSample, Routing, Sample  # noqa
 from cost_timeline import Gemms, Step, phases_of  # noqa: E402
 from layer_arms import Shape  # noqa: E402
 
+from feplb.costs import LaneRates  # noqa: E402
 from feplb.scheduler import Move  # noqa: E402
 from feplb.scheduler.cost_model import UnitCosts, predict  # noqa: E402
 
@@ -159,8 +160,8 @@ def sample(
 
 def constants(fitted: UnitCosts = COSTS) -> Constants:
     return Constants(
-        costs={"startup": COSTS, "fitted": fitted}, gflops=1.0, gflops_of={}, lane_gbps=1.0,
-        copy_thread_gbps=1.0,
+        costs={"startup": COSTS, "fitted": fitted}, gflops=1.0, gflops_of={},
+        lane_rates=LaneRates(1.0, 1.0), copy_thread_gbps=1.0,
     )  # fmt: skip
 
 

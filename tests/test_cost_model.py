@@ -118,6 +118,38 @@ def test_returned_rows_are_placed_and_wait_for_the_link() -> None:
                    costs).forward.by_rank == (80 + 6, 20)  # fmt: skip
 
 
+def test_a_destination_takes_in_at_its_own_rate() -> None:
+    slow = dataclasses.replace(SIMPLE, inbound_permille=4000)
+    # Sent by 7, taken in by 4 x 7; rank 1's own work, 20, less B for 2 rows out, which rank 0 takes
+    # in 4 x 2, ends at 12: it waits until 28, computes until 48, B of 8 until 56.
+    owner, helper = predict([[6], [2]], [ONE_MOVE], slow).forward.phases
+    assert (helper.kept_a, helper.arrived, helper.received, helper.kept_b) == (12, 28, 48, 56)
+    assert (owner.kept_a, owner.kept_b, owner.home) == (32, 40, 48 + 8)
+
+
+def test_two_sources_of_a_fast_destination_do_not_wait_for_each_other() -> None:
+    """Two owners send 7 each, which one link of a source's rate takes 14 to take in."""
+    moves = [
+        Move(expert_idx=0, owner_rank=0, dst_rank=2, row_start=4, row_end=6),
+        Move(expert_idx=0, owner_rank=1, dst_rank=2, row_start=4, row_end=6),
+    ]
+    arrived = {
+        permille: predict(
+            [[6], [6], [0]], moves, dataclasses.replace(SIMPLE, inbound_permille=permille)
+        ).forward.phases[2].arrived
+        for permille in (1000, 800, 500, 250)
+    }  # fmt: skip
+    assert arrived == {1000: 14, 800: 11, 500: 7, 250: 7}
+
+
+def test_the_owner_of_a_slow_helper_covers_what_that_one_sends() -> None:
+    costs = UnitCosts(row_forward=10, row_return=4, inbound_permille=500)
+    # Rank 1 sends 2 rows in 8, which rank 0 could take in 4: it keeps 8 of its 40 for them.
+    owner, helper = predict([[6], [2]], [ONE_MOVE], costs).forward.phases
+    assert (owner.kept_a, owner.kept_b) == (32, 40)
+    assert (helper.kept_a, helper.kept_b) == (12, 40)
+
+
 def test_ceiling_and_what_a_plan_recovers() -> None:
     free = UnitCosts(row_forward=10)
     assert ceiling([[6], [2]], free) == 40
@@ -148,6 +180,7 @@ def planned(draw: st.DrawFn) -> tuple[Counts, Plan, UnitCosts]:
     costs = {name: draw(st.integers(0, 10**6)) for name in names}
     costs["tile_rows"] = draw(st.integers(1, 130))
     costs["shares_core"] = draw(st.integers(0, 1))
+    costs["inbound_permille"] = draw(st.integers(0, 9000))
     policy = draw(st.sampled_from(["none", "greedy", "refine", "split"]))
     limits = limits_for(counts, grain_rows=draw(st.integers(1, 64)))
     return counts, make_plan(policy, counts, limits), UnitCosts(**costs)

@@ -74,7 +74,7 @@ ORDER = [
     ["late_grads"],
     ["domain_calls"],
     ["arena_views", "arguments", "connect"],
-    ["call", "memory", "lanes", "mesh", "gpu_costs", "function_compute", "device_swiglu"],
+    ["call", "memory", "lanes", "lane_rates", "mesh", "gpu_costs", "function_compute", "device_swiglu"],
     ["cupy_trials"],
     ["cupy_lane"],
     ["cupy_device", "links"],

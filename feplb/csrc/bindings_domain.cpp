@@ -272,6 +272,9 @@ void bind_domain(py::module_& module) {
           },
           py::arg("layer"), py::arg("costs"))
       .def("open", &Domain::open, ReleaseGil())
+      .def("push_times", &Domain::push_times, py::arg("dst"), py::arg("bytes"), py::arg("times"),
+           ReleaseGil())
+      .def_readonly_static("copies_at_a_time", &Domain::kCopiesAtATime)
       .def("prove_lane", &Domain::prove_lane, py::arg("bytes"), ReleaseGil())
       .def("close", &Domain::close, ReleaseGil())
       .def("closed", &Domain::closed)

@@ -32,6 +32,7 @@ std::optional<UnitCosts> costs_from(const py::object& given) {
   costs.start = value("start");
   costs.copy = value("copy");
   costs.shares_core = value("shares_core");
+  costs.inbound_permille = value("inbound_permille");
   return costs;
 }
 

@@ -36,6 +36,9 @@ class Call {
   int64_t per_row_push() const { return backward_ ? c_.row_push_backward : c_.row_push; }
   int64_t per_row_back() const { return backward_ ? c_.row_return_backward : c_.row_return; }
 
+  // How long a destination takes to take in what its sources send in `duration`.
+  int64_t inbound(int64_t duration) const { return duration * c_.inbound_permille / 1000; }
+
   // Queues a copy that may start at `ready`; when it has arrived.
   int64_t copy(int32_t source, int64_t ready, int64_t duration) {
     int64_t& engine = s_.engine[size_t(source)];
@@ -58,7 +61,8 @@ class Call {
       s_.inbound[size_t(move.dst_rank)] += c_.weight_push;
     }
     for (size_t r = 0; r < n_; ++r)
-      s_.arrived[r] = s_.inbound[r] > 0 ? std::max(s_.arrived[r], c_.start + s_.inbound[r]) : 0;
+      s_.arrived[r] =
+          s_.inbound[r] > 0 ? std::max(s_.arrived[r], c_.start + inbound(s_.inbound[r])) : 0;
   }
 
   int64_t gemm(int64_t rows, int64_t row_time) const {
@@ -94,11 +98,12 @@ class Call {
       s_.sent[size_t(move.owner_rank)] += rows_of(move);
       s_.got[dst] += rows_of(move);
     }
-    s_.back.resize(n_);
-    for (size_t r = 0; r < n_; ++r) s_.back[r] = std::max(s_.sent[r], s_.got[r]);
+    s_.back_out = s_.got;
+    s_.back_in = s_.sent;
     for (const Move& move : moves_) {
-      int64_t& back = s_.back[size_t(move.dst_rank)];
-      back = std::max(back, s_.sent[size_t(move.owner_rank)]);
+      const size_t owner = size_t(move.owner_rank), dst = size_t(move.dst_rank);
+      s_.back_out[owner] = std::max(s_.back_out[owner], std::min(s_.got[dst], s_.sent[owner]));
+      s_.back_in[dst] = std::max(s_.back_in[dst], s_.sent[owner]);
     }
   }
 
@@ -119,7 +124,9 @@ class Call {
     s_.computed.resize(n_);
     s_.ends.resize(n_);
     for (size_t r = 0; r < n_; ++r) {
-      const int64_t kept_b = std::min(s_.kept[r], s_.back[r] * per_row_back());
+      const int64_t way_back =
+          std::max(s_.back_out[r] * per_row_back(), inbound(s_.back_in[r] * per_row_back()));
+      const int64_t kept_b = std::min(s_.kept[r], way_back);
       const int64_t kept_a = s_.kept[r] - kept_b + std::min(s_.kept[r], s_.stolen[r]);
       const int64_t lost = std::min(s_.kept[r] + s_.second[r], s_.stolen_later[r]);
       s_.computed[r] = std::max(kept_a, s_.arrived[r]) + s_.first[r];
@@ -141,7 +148,7 @@ class Call {
       s_.inbound[owner] += width;
     }
     for (size_t r = 0; r < n_; ++r)
-      s_.home[r] = std::max(s_.home[r], s_.arrived[r] + s_.inbound[r]);
+      s_.home[r] = std::max(s_.home[r], s_.arrived[r] + inbound(s_.inbound[r]));
   }
 
   // Level 3: weight grads, added beside what runs in the late window.

@@ -18,7 +18,8 @@ struct CostScratch {
   std::vector<int64_t> second;        // [num_ranks] their wgrad
   std::vector<int64_t> sent;          // [num_ranks] rows
   std::vector<int64_t> got;           // [num_ranks] rows
-  std::vector<int64_t> back;          // [num_ranks] rows whose way back kept B should cover
+  std::vector<int64_t> back_out;      // [num_ranks] rows whose way out and way in is the way back
+  std::vector<int64_t> back_in;       // [num_ranks] that kept B should cover
   std::vector<int64_t> stolen;        // [num_ranks] of the core, by copies of level 1
   std::vector<int64_t> stolen_later;  // [num_ranks] by those of levels 2 and 3
   std::vector<int64_t> engine;        // [num_ranks] when it is free

@@ -405,8 +405,13 @@ void Domain::fail(const std::string& text) {
   in_call_ = false;
 }
 
-double Domain::prove_lane(std::size_t bytes) {
-  return on_device(kProvingLane, [&] { return carry_pattern(bytes); });
+std::vector<int64_t> Domain::push_times(int dst, std::size_t bytes, int times) {
+  return on_device(kMeasuringLane, [&] { return timed_pushes(dst, bytes, times); });
+}
+
+void Domain::prove_lane(std::size_t bytes) {
+  pushed_ = std::vector<std::byte>();  // braces alone would keep the memory
+  on_device(kProvingLane, [&] { carry_pattern(bytes); });
 }
 
 void Domain::drain() {

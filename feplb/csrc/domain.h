@@ -56,6 +56,7 @@ struct DomainConfig {
 using RelaySockets = std::vector<Fd>;
 
 constexpr const char* kProvingLane = "proving the lane at start-up";
+constexpr const char* kMeasuringLane = "measuring the lane at start-up";
 
 // What messages call the call under way.
 struct CallName {
@@ -87,10 +88,14 @@ class Domain {
   void close() noexcept;
   bool closed() const { return closed_; }
 
+  // What the lane's rates are made of, before prove_lane(): pushes `bytes` kCopiesAtATime times to
+  // `dst`, `times` over, into this rank's place in its arena. Returns when it began and when each
+  // time had arrived, [times + 1] nanoseconds of a clock that the ranks of one host share. Blocks.
+  static constexpr int kCopiesAtATime = 4;
+  std::vector<int64_t> push_times(int dst, std::size_t bytes, int times);
   // Start-up canary: pushes a pattern to every peer through the lane and checks what peers pushed.
-  // Returns the lane's rate, GB/s (10^9 bytes), measured apart. `bytes` per peer must fit num_ranks
-  // times into the arena.
-  double prove_lane(std::size_t bytes);
+  // `bytes` per peer must fit num_ranks times into the arena.
+  void prove_lane(std::size_t bytes);
 
   // Names the stream that the caller's kernels run on from here on; every method from post_rows on
   // that records, waits or releases does so there.
@@ -132,7 +137,7 @@ class Domain {
   CallGeometry geometry() const;
   void post(Level level, std::vector<Push> pushes);
   Event record_compute();
-  double carry_pattern(std::size_t bytes);
+  void carry_pattern(std::size_t bytes);
   std::byte* pattern_place(int owner, int src, std::size_t bytes) const;
   Flag* own_word() const;
   void push_pattern(int dst, std::vector<std::byte>& buffer);
@@ -152,7 +157,7 @@ class Domain {
   std::string where(const char* phase) const;
   int own_global_rank() const { return board_.global_rank(config_.rank); }
   bool forked() const;
-  double measured_gbps(std::size_t bytes);
+  std::vector<int64_t> timed_pushes(int dst, std::size_t bytes, int times);
 
   DomainConfig config_;
   DomainMemory memory_;
@@ -172,6 +177,7 @@ class Domain {
   CallName call_;
   bool in_call_ = false;
   bool grads_posted_ = false;
+  std::vector<std::byte> pushed_;  // by push_times, on a host lane
 
   Worker mover_thread_;  // last: they use all of the above
   Worker watchdog_thread_;

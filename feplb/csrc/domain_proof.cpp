@@ -1,6 +1,4 @@
 // The lane proves itself at start-up: what is pushed arrives, flags and all, and how fast.
-#include <algorithm>
-
 #include "domain.h"
 #include "error.h"
 
@@ -17,9 +15,8 @@ std::byte pattern_byte(int src, int dst, std::size_t i) {
 
 }  // namespace
 
-double Domain::carry_pattern(std::size_t bytes) {
+void Domain::carry_pattern(std::size_t bytes) {
   seq_ = 1;  // the canary's epoch; calls count on from here
-  const double gbps = measured_gbps(bytes);
   std::vector<std::byte> buffer(bytes);
   for (int dst = 0; dst < config_.num_ranks; ++dst) {
     if (dst != config_.rank) push_pattern(dst, buffer);
@@ -28,7 +25,6 @@ double Domain::carry_pattern(std::size_t bytes) {
     if (src != config_.rank) check_pattern(src, buffer);
   }
   own_word()->epoch.store(0);
-  return gbps;
 }
 
 // In rank `owner`'s arena, what `src` pushes there.
@@ -71,38 +67,32 @@ void Domain::check_pattern(int src, std::vector<std::byte>& buffer) {
   }
 }
 
-// Copies alone, a few at a time, so that waking the engine hardly counts, into this rank's place in
-// its neighbour's arena, before the pattern goes there. On a host lane out of more memory than
-// caches keep. The fastest time: other work only ever slows a copy, and on a busy machine a short
-// one is more often left alone.
-double Domain::measured_gbps(std::size_t bytes) {
-  constexpr std::size_t kTimes = 24;
-  constexpr std::size_t kCopies = 4;
+// A few copies at a time, so that waking the engine hardly counts. On a host lane out of more
+// memory than caches keep.
+std::vector<int64_t> Domain::timed_pushes(int dst, std::size_t bytes, int times) {
   constexpr std::size_t kPieces = 16;  // of the source
-  if (config_.num_ranks < 2 || bytes == 0) return 0;
-  const auto rank = static_cast<std::size_t>(config_.rank);
-  const bool is_host = device_->is_inline();
-  const std::vector<std::byte> memory(is_host ? kPieces * bytes : 0, std::byte{1});
-  const auto source = [&](std::size_t i) {
-    return is_host ? memory.data() + i % kPieces * bytes : memory_.arenas[rank] + rank * bytes;
+  const auto now_ns = [] {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now().time_since_epoch())
+        .count();
   };
-  std::byte* const target =
-      memory_.arenas[(rank + 1) % static_cast<std::size_t>(config_.num_ranks)] + rank * bytes;
-  double fastest = 0;
-  for (std::size_t time = 0; time < kTimes; ++time) {
+  const bool is_host = device_->is_inline();
+  if (is_host) pushed_.resize(kPieces * bytes, std::byte{1});
+  std::byte* const own = pattern_place(config_.rank, config_.rank, bytes);
+  std::byte* const target = pattern_place(dst, config_.rank, bytes);
+  std::vector<int64_t> clock{now_ns()};
+  for (int time = 0; time < times; ++time) {
     std::vector<CopyOp> copies;
-    for (std::size_t i = 0; i < kCopies; ++i) {
-      copies.push_back(CopyOp{target, source(time * kCopies + i), bytes});
+    for (int i = 0; i < kCopiesAtATime; ++i) {
+      const auto piece = static_cast<std::size_t>(time * kCopiesAtATime + i) % kPieces;
+      copies.push_back(CopyOp{target, is_host ? pushed_.data() + piece * bytes : own, bytes});
     }
-    const auto epoch = static_cast<Epoch>(time + 1);
-    const TimePoint start = Clock::now();
+    const auto pushed = static_cast<Epoch>(own_word()->epoch.load() + 1);
     device_->copy_batch(StreamKind::kPushes, copies);
-    device_->write_flag(StreamKind::kPushes, own_word(), epoch);
-    await_on_host(own_word(), epoch, "measuring the lane at start-up", kOwnCopies);
-    const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-    fastest = std::max(fastest, static_cast<double>(kCopies * bytes) / seconds / 1e9);
+    device_->write_flag(StreamKind::kPushes, own_word(), pushed);
+    await_on_host(own_word(), pushed, kMeasuringLane, kOwnCopies);
+    clock.push_back(now_ns());
   }
-  return fastest;
+  return clock;
 }
 
 void Domain::await_on_host(const Flag* flag, Epoch epoch, const char* phase,

@@ -58,7 +58,8 @@ struct UnitCosts {
   int64_t late_window = 0;
   int64_t start = 0;
   int64_t copy = 0;
-  int64_t shares_core = 0;  // 0 or 1
+  int64_t shares_core = 0;          // 0 or 1
+  int64_t inbound_permille = 1000;  // of a copy's time at its source
 };
 
 // counts[r * num_local_experts + e] = rows that rank r owns for its local expert e, at least 0.

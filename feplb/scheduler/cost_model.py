@@ -8,8 +8,8 @@ What is modelled, per rank:
   GEMM     rows in tiles, or the reading of the expert's weights where that takes longer, and what
            it costs beside its rows
   copies   one engine per source, first in first out: rows of all moves, then their weights, then
-           (when it has computed them) outputs, then weight grads; a destination takes in no faster
-           than its own link
+           (when it has computed them) outputs, then weight grads; a destination takes in what all
+           its sources send no faster than its own link, which may have another rate
   hiding   level 1 under kept A, the way back under kept B, weight grads until the owner asks for
            them after the dispatch's backward
   core     where a copy thread shares it, copies and GEMMs of a rank take longer by each other
@@ -59,6 +59,8 @@ class UnitCosts:
         late_window: how long after the layer's backward late grads may still be added for nothing.
         start: from the plan to the first copy.
         copy: of each copy, whatever its size.
+        inbound_permille: what a destination takes to take a copy in, in thousandths of what its
+            source takes to send it: 1000 times the source's rate over the destination's.
         shares_core: 1 where the engine is a thread on the core of its rank's GEMMs, so that each
             takes its time from the other; 0 where it is an engine.
     """
@@ -81,6 +83,7 @@ class UnitCosts:
     start: int = 0
     copy: int = 0
     shares_core: int = 0
+    inbound_permille: int = 1000
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -185,20 +188,23 @@ def recovered(counts: npt.ArrayLike, plan: Plan, costs: UnitCosts) -> float:
     return (none - predict(counts, plan, costs).total) / (none - best)
 
 
-def rows_on_the_way_back(num_ranks: int, moves: Sequence[Move]) -> list[int]:
-    """Rows whose way back each rank's kept B should cover, [num_ranks].
+def rows_on_the_way_back(num_ranks: int, moves: Sequence[Move]) -> list[tuple[int, int]]:
+    """Rows whose way back each rank's kept B should cover, [num_ranks] of (out, in).
 
-    What comes back to it, what it sends back, and what others send to the same owners, who take
-    in no faster than their own link.
+    in: what comes back to it, and what others send to the same owners: each of them takes in no
+    faster than its own link. out: what it sends back, and what one of its helpers does, who sends
+    all it has got in a row. The way back takes as long as the longer of the two.
     """
     sent, got = [0] * num_ranks, [0] * num_ranks
     for move in moves:
         sent[move.owner_rank] += move.num_rows
         got[move.dst_rank] += move.num_rows
-    rows = [max(pair) for pair in zip(sent, got, strict=True)]
+    rows_out, rows_in = list(got), list(sent)
     for move in moves:
-        rows[move.dst_rank] = max(rows[move.dst_rank], sent[move.owner_rank])
-    return rows
+        owner, helper = move.owner_rank, move.dst_rank
+        rows_out[owner] = max(rows_out[owner], min(got[helper], sent[owner]))
+        rows_in[helper] = max(rows_in[helper], sent[owner])
+    return list(zip(rows_out, rows_in, strict=True))
 
 
 class _Work(NamedTuple):
@@ -256,6 +262,10 @@ class _Call:
         self.busy[source] += duration
         return self.engine[source]
 
+    def _inbound(self, duration: int) -> int:
+        """How long a destination takes to take in what its sources send in `duration`."""
+        return duration * self.costs.inbound_permille // 1000
+
     def _push(self) -> list[int]:
         """Level 1, rows first; when everything that a helper needs has arrived."""
         costs = self.costs
@@ -269,7 +279,7 @@ class _Call:
             inbound[move.dst_rank] += costs.weight_push
             arrived[move.dst_rank] = max(arrived[move.dst_rank], at)
         return [
-            max(at, costs.start + width) if width else 0
+            max(at, costs.start + self._inbound(width)) if width else 0
             for at, width in zip(arrived, inbound, strict=True)
         ]
 
@@ -283,7 +293,7 @@ class _Call:
             home[owner] = max(home[owner], self._copy(move.dst_rank, ready, width))
             first[owner] = min(first[owner], ready) if inbound[owner] else ready
             inbound[owner] += width
-        return [max(home[r], first[r] + inbound[r]) for r in range(len(home))]
+        return [max(home[r], first[r] + self._inbound(inbound[r])) for r in range(len(home))]
 
     # -------------------------------------------------------------------------------- the GEMMs
 
@@ -336,7 +346,8 @@ class _Call:
         returning, stolen = rows_on_the_way_back(len(kept), self.moves), self._stolen()
         works = []
         for rank, work in enumerate(kept):
-            kept_b = min(work, returning[rank] * per_row)
+            rows_out, rows_in = returning[rank]
+            kept_b = min(work, max(rows_out * per_row, self._inbound(rows_in * per_row)))
             kept_a = work - kept_b + min(work, stolen[rank][0])
             computed = max(kept_a, arrived[rank]) + received[rank][0]
             wgrad = computed + received[rank][1]
