@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import late_grads, two_phase
+from .agreed_tiles import agree_on_tiles
 from .arguments import check_rows, check_sinks, check_weights, checked_counts
 from .call import CallBits, CallRecord, WeightLayout, flatten_weights
 from .compute import ExpertCompute
@@ -107,6 +108,7 @@ class Balancer:
         global_rank, global_ranks: the same in the numbers of the job, as messages have them.
         memory: what this rank reserves.
         device: where rows, weights and gradients must be: the CPU (host lane) or a GPU (ce, cupy).
+        tiles: what all ranks of the group compute 16-bit rows with on GPUs; see agreed_tiles.py.
         domain: the calls under way; for feplb itself.
     Thread/stream: collective over ``group``, blocks. Starts up to three threads per rank.
     """
@@ -135,6 +137,11 @@ class Balancer:
         self.memory = reservation.memory
         own = identity(config, self.policy, self.layers, gpu_of(config, environment))
         core, lane = connect(peers, ranks, own, environment, config, reservation)
+        try:
+            self.tiles = agree_on_tiles(peers, config, self.layers, lane.device)
+        except BaseException:
+            core.close()  # the traceback keeps this frame, and must not keep mappings
+            raise
         for layer, spec in enumerate(self.layers):
             costs = layer_costs(config, spec, lane.rates, lane.machine)
             core.set_costs(layer, asdict(costs))

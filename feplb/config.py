@@ -29,6 +29,7 @@ LANES = ("auto", "host", "ce", "cupy")
 COPY_CALLS = ("auto", "batch", "peer", "plain")
 FLAG_CALLS = ("auto", "memops", "write", "copy")
 ARENA_HANDLES = ("auto", "vmm", "ipc", "fabric")
+TILES = ("measure", "default")
 POLICIES = ("none", "greedy", "refine", "split", "auto")
 _KNOWN_VARIABLES = (
     "FEPLB_LOG", "FEPLB_LANE", "FEPLB_OFF", "FEPLB_DOMAIN", "FEPLB_HOST_ADDRESS", "FEPLB_LIBCUDA",
@@ -237,6 +238,9 @@ class BalancerConfig:
             work that hides the way back) and for ``auto``; None: 120 per CPU thread.
         lane_gbps: rate of the lane, out of a source and into a destination, in 10^9 bytes per
             second; None: both as measured at start-up.
+        tiles: on GPUs, the grouped GEMM's of 16-bit rows: ``"measure"`` (every rank times six
+            configurations at start-up, compiling them first, and all agree on one:
+            ``Balancer.tiles``), ``"default"`` (a fixed one: nothing is compiled or measured).
         allow_single_queue: on GPUs, accept ``CUDA_DEVICE_MAX_CONNECTIONS=1`` without a setting for
             copies: they then wait behind kernels, and little is gained.
     """
@@ -258,6 +262,7 @@ class BalancerConfig:
     arena_handle: str = "auto"
     gemm_gflops: float | None = None
     lane_gbps: float | None = None
+    tiles: str = "measure"
     allow_single_queue: bool = False
 
     def __post_init__(self) -> None:
@@ -267,6 +272,7 @@ class BalancerConfig:
             ("copy_call", COPY_CALLS),
             ("flag_call", FLAG_CALLS),
             ("arena_handle", ARENA_HANDLES),
+            ("tiles", TILES),
         ):
             value = getattr(self, name)
             _require(value in known, f"{name}={value!r}, expected one of {known}")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .compute import ExpertCompute, GradWeights, Saved, Segment, SwiGLU, Weights
 from .kernels.products import GroupedGemm
+from .kernels.tiles import TileConfig
 
 __all__ = ["DeviceSwiGLU"]
 
@@ -20,11 +21,16 @@ class DeviceSwiGLU(ExpertCompute):
     the same. Weights, row data and saved tensors are those of SwiGLU.
 
     Args:
-        gemm: computes the products on a GPU; see TritonSwiGLU.
+        gemm, tiles: what computes the products on a GPU; see TritonSwiGLU. With a Balancer hand
+            its ``tiles`` over, which all ranks have measured and agreed on.
+    Raises:
+        ValueError: both gemm and tiles are given.
     """
 
-    def __init__(self, gemm: GroupedGemm | None = None) -> None:
-        self._gemm = gemm
+    def __init__(self, gemm: GroupedGemm | None = None, *, tiles: TileConfig | None = None) -> None:
+        if gemm is not None and tiles is not None:
+            raise ValueError("DeviceSwiGLU: gemm brings tiles of its own; give it or tiles.")
+        self._gemm, self._tiles = gemm, tiles
         self._on_cpu = SwiGLU()
         self._on_gpu: ExpertCompute | None = None
 
@@ -35,7 +41,7 @@ class DeviceSwiGLU(ExpertCompute):
         if self._on_gpu is None:
             from .gpu_compute import TritonSwiGLU
 
-            self._on_gpu = TritonSwiGLU(self._gemm)
+            self._on_gpu = TritonSwiGLU(self._gemm, tiles=self._tiles)
         return self._on_gpu
 
     def forward(

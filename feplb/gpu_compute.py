@@ -25,7 +25,7 @@ from .kernels.grouped_gemm import TritonGemm
 from .kernels.products import GroupedGemm, Operand
 from .kernels.segment_tables import grad_table, row_table
 from .kernels.swiglu import swiglu_backward, swiglu_forward
-from .kernels.tiles import default_tiles
+from .kernels.tiles import TileConfig, default_tiles
 
 __all__ = ["TritonSwiGLU"]
 
@@ -43,14 +43,20 @@ class TritonSwiGLU(ExpertCompute):
     compiled and loaded at its first launch; see ``warm_up``.
 
     Args:
-        gemm: computes the products. Default: TritonGemm with the default tiles of the dtype.
+        gemm: computes the products. Default: TritonGemm with one tile configuration per dtype.
+        tiles: that of 16-bit rows, the same on every rank: ``Balancer.tiles``. None: the default
+            of the dtype, which all other rows get.
     Raises:
-        ValueError: shapes, dtypes or addresses of weights or row_data do not fit.
+        ValueError: both gemm and tiles are given; shapes, dtypes or addresses of weights or
+            row_data do not fit.
         RuntimeError: ``saved`` does not belong to ``segments``.
     """
 
-    def __init__(self, gemm: GroupedGemm | None = None) -> None:
+    def __init__(self, gemm: GroupedGemm | None = None, *, tiles: TileConfig | None = None) -> None:
+        if gemm is not None and tiles is not None:
+            raise ValueError("TritonSwiGLU: gemm brings tiles of its own; give it or tiles.")
         self._gemm = gemm
+        self._tiles = tiles
 
     @torch.no_grad()
     def forward(
@@ -169,7 +175,10 @@ class TritonSwiGLU(ExpertCompute):
             torch.cuda.synchronize(device)
 
     def _gemm_for(self, rows: Tensor) -> GroupedGemm:
-        return self._gemm or TritonGemm(default_tiles(rows.dtype))
+        if self._gemm is not None:
+            return self._gemm
+        agreed = self._tiles if rows.dtype.itemsize == 2 else None
+        return TritonGemm(agreed or default_tiles(rows.dtype))
 
 
 def _packed(rows: Tensor) -> Operand:

@@ -153,11 +153,13 @@ class MoELayer(nn.Module):
         config: the same on every rank.
         balancer: a feplb.Balancer whose `layers` has this layer at index `layer`; None runs every
             expert on its owner. Shared by all layers and by copies of the module, never owned.
+            The experts compute with its ``tiles`` on GPUs.
         group: the EP group; None means all experts are on this rank.
         layer: overrides config.layer.
         dispatcher: "all_to_all" (torch.distributed), "deepep" (DeepEP V1; config.dtype must be
             bfloat16), or a dispatcher of your own over `group`, such as a DeepEPDispatcher for V2.
     Attributes:
+        compute: what an expert computes; another may take its place, the same on every rank.
         last_counts: rows that each local expert received in the latest forward.
     Raises:
         ValueError: num_experts is not a multiple of the EP group's size; an unknown dispatcher; a
@@ -184,7 +186,8 @@ class MoELayer(nn.Module):
             )
         self.num_local_experts = config.num_experts // self.dispatcher.ep_size
         self.last_counts: list[int] = [0] * self.num_local_experts
-        self.compute: ExpertCompute = DeviceSwiGLU()
+        # A balancer of the caller's own may have measured none.
+        self.compute: ExpertCompute = DeviceSwiGLU(tiles=getattr(balancer, "tiles", None))
         self.router = TopKRouter(
             config.hidden,
             config.num_experts,

@@ -74,7 +74,10 @@ ORDER = [
     ["late_grads"],
     ["domain_calls"],
     ["arena_views", "arguments", "connect"],
-    ["call", "memory", "lanes", "lane_rates", "mesh", "gpu_costs", "function_compute", "device_swiglu"],
+    [
+        "agreed_tiles", "call", "memory", "lanes", "lane_rates", "mesh", "gpu_costs",
+        "function_compute", "device_swiglu",
+    ],  # fmt: skip
     ["cupy_trials"],
     ["cupy_lane"],
     ["cupy_device", "links"],

@@ -321,7 +321,9 @@ def attach(model: nn.Module | Sequence[nn.Module], *, num_tokens: int) -> Balanc
     config = layers[0].config
     max_rows = _ROOM * num_tokens * config.moe_router_topk
     specs = [module.layer_spec(max_rows) for module in experts]
-    balancer = Balancer(layers[0].balancer_config, layers[0].ep_group, specs)
+    # The experts' GEMMs are Megatron's: there are no tiles to measure.
+    balancer_config = dataclasses.replace(layers[0].balancer_config, tiles="default")
+    balancer = Balancer(balancer_config, layers[0].ep_group, specs)
     for index, module in enumerate(experts):
         module.balancer, module.layer = balancer, index
     return balancer

@@ -1,4 +1,4 @@
-"""Which tile configuration is fastest on this GPU: measured once, at start-up, on one rank."""
+"""Which tile configuration is fastest on this GPU: measured once, at start-up."""
 
 from __future__ import annotations
 
@@ -62,17 +62,23 @@ def measure_tiles(
 ) -> list[MeasuredTiles]:
     """Time every candidate on the products of one SwiGLU layer; fastest first.
 
-    One rank measures and tells the others: all must use the same configuration.
+    All ranks must use the same configuration: see agreed_tiles.py.
     Compiles and runs on the current stream and waits for the device, several seconds; allocates
-    3 * hidden * width elements per expert twice (weights and their gradients).
+    3 * hidden * width elements per expert twice (weights and their gradients). Random numbers are
+    its own: the caller's generators stay where they are.
 
     Raises:
         RuntimeError: no candidate fits the device.
     """
-    rows = torch.randn(num_experts * rows_per_expert, hidden, device=device).to(dtype)
-    h = torch.randn(len(rows), 2 * width, device=device).to(dtype)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
+
+    rows = random(num_experts * rows_per_expert, hidden)
+    h = random(len(rows), 2 * width)
     shapes = (2 * width, hidden), (hidden, width)
-    stacks = [torch.randn(num_experts, *shape, device=device).to(dtype) for shape in shapes]
+    stacks = [random(num_experts, *shape) for shape in shapes]
     weights = [list(stack) for stack in stacks]
     grads = [list(torch.empty_like(stack)) for stack in stacks]
     measured = []

@@ -32,6 +32,12 @@ class TileConfig:
     num_warps: int
     num_stages: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.block_m}x{self.block_n}x{self.block_k} tiles, {self.num_warps} warps, "
+            f"{self.num_stages} stages"
+        )
+
     def __post_init__(self) -> None:
         for name in ("block_m", "block_n", "block_k"):
             size = getattr(self, name)
@@ -52,7 +58,8 @@ SINGLE_PRECISION = TileConfig(64, 64, 32, num_warps=4, num_stages=3)
 # Several tiles of each kind at the sizes tests can afford.
 INTERPRETER = TileConfig(16, 32, 16, num_warps=4, num_stages=1)
 
-# What measure_tiles() tries in 16-bit dtypes.
+# What is tried in 16-bit dtypes. All have one block_k: which of them wins should not be a matter of
+# bits, or a run could not be repeated. tests/test_measure_tiles.py compares them on a GPU.
 CANDIDATES = (
     HOPPER,
     TileConfig(128, 256, 64, num_warps=8, num_stages=4),
