@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import numpy as np
 import pytest
+import torch
 
-from feplb import call
-from feplb.call import CallRecord
+from feplb import LayerSpec, call
+from feplb.call import Agreement, CallRecord
+from feplb.costs import LaneRates
+from feplb.domain_calls import DomainCalls
 from feplb.scheduler import PlanLimits, cost_model, make_plan
 from feplb.scheduler.workloads import calibrated
 
@@ -51,3 +57,17 @@ def test_a_helpers_other_owners_do_not_count_for_more_than_this_one_waits_for() 
     moves = np.array([[0, 0, 2, 0, 3], [0, 1, 2, 0, 7]])
     expected = [(3, 3), (7, 7), (10, 7)]
     assert [call.rows_on_the_way_back(rank, moves) for rank in range(3)] == expected
+
+
+@pytest.mark.parametrize(
+    ("rates", "rows"),
+    # Rank 1 sends 6 rows of 32 bytes while rank 0 takes in 8; a row's GEMMs take 10 ns.
+    [((3.2, 3.2), 9), ((3.2, 1.6), 17), ((1.6, 3.2), 13), ((3.2, 32.0), 7)],
+)
+def test_kept_b_covers_the_slower_direction(rates: tuple[float, float], rows: int) -> None:
+    spec = LayerSpec(2, 8, torch.float32, ((16, 8), (8, 8)))  # 384 operations a row
+    moves = np.array([[0, 0, 1, 0, 6], [0, 0, 2, 6, 8]], dtype=np.int32)
+    one = cast(Any, object())
+    agreement = Agreement(1, moves, 0, (one,), (), np.zeros(0, np.int32), 0.0)
+    domain = SimpleNamespace(_rank=0, _gemm_gflops=38.4, lane_rates=LaneRates(*rates))
+    assert DomainCalls.rows_in_kept_b(cast(Any, domain), spec, agreement) == rows

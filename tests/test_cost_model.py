@@ -180,7 +180,7 @@ def planned(draw: st.DrawFn) -> tuple[Counts, Plan, UnitCosts]:
     costs = {name: draw(st.integers(0, 10**6)) for name in names}
     costs["tile_rows"] = draw(st.integers(1, 130))
     costs["shares_core"] = draw(st.integers(0, 1))
-    costs["inbound_permille"] = draw(st.integers(0, 9000))
+    costs["inbound_permille"] = draw(st.sampled_from([0, 300, 1000, 4321]))
     policy = draw(st.sampled_from(["none", "greedy", "refine", "split"]))
     limits = limits_for(counts, grain_rows=draw(st.integers(1, 64)))
     return counts, make_plan(policy, counts, limits), UnitCosts(**costs)
