@@ -36,9 +36,9 @@ def agree_on_tiles(
         on a GPU, the config asks for them, or no layer is a SwiGLU with rows of 16 bits.
     Raises:
         RuntimeError: a rank could not measure (named, on all ranks), or no candidate fits them all.
-    Thread/stream: collective over the group, blocks: on each GPU it compiles 36 kernels that are
-        not in Triton's cache (a minute or so), and runs each for milliseconds on the current
-        stream. Takes memory for 2 experts and 2048 rows of the largest layer, and gives it back.
+    Thread/stream: collective over the group, blocks: on each GPU it compiles those of 36 kernels
+        that are not in Triton's cache, and runs each for milliseconds on the current stream. Takes
+        memory for 2 experts and 2048 rows of the layer measured, and gives it back.
     """
     if not is_gpu(device):
         return None
