@@ -47,19 +47,19 @@ class Clocks:
 
     copies_at_a_time = 2
 
-    def __init__(self, rank: int, times: list[list[int]]) -> None:
-        self.rank, self.times = rank, times
+    def __init__(self, rank: int, times: list[list[int]], began: int = 1000) -> None:
+        self.rank, self.times, self.began = rank, times, began
         self.pushed: list[tuple[int, int]] = []
 
     def push_times(self, dst: int, num_bytes: int, times: int) -> list[int]:
         assert dst != self.rank
         self.pushed.append((dst, num_bytes))
         step = self.times[self.rank][dst]
-        return [1000 + step * at for at in range(times + 1)]
+        return [self.began + step * at for at in range(times + 1)]
 
 
 def agree(rank: int, num_ranks: int, domains: list[list[int]]) -> list[Any]:
-    """Rank s takes 10 + s to send a step of 200 bytes to its neighbour, 100 * (d + 1) to others."""
+    """Rank s takes 10 + s to send a step of 128 bytes to its neighbour, 100 * (d + 1) to others."""
     own = next(ranks for ranks in domains if rank in ranks)
     domain = DomainRanks(own.index(rank), tuple(own), tuple(own))
     size = len(own)
@@ -71,29 +71,48 @@ def agree(rank: int, num_ranks: int, domains: list[list[int]]) -> list[Any]:
     for has_links in (True, False):
         core = Clocks(domain.rank, times)
         peers = Peers(dist.group.WORLD)
-        found += [measure_rates(peers, domain, core, 100, has_links=has_links), core.pushed]
+        found += [measure_rates(peers, domain, core, 64, has_links=has_links), core.pushed]
     return found
 
 
 def test_ranks_agree_on_the_slowest_of_each_direction() -> None:
     of_ranks = run_ranks(agree, 5, [[0, 3, 4], [1, 2]])
-    # Of three, rank 2 is the slowest source: 200 bytes in 12 ns. Into rank 2 come two: the one from
+    # Of three, rank 2 is the slowest source: 128 bytes in 12 ns. Into rank 2 come two: the one from
     # rank 1 in 11 ns, for two steps; the one from rank 0 in 300, of which only 22 ns count.
-    rates_in = 200 / 11 + 200 / 300
+    rates_in = 128 / 11 + 128 / 300
     for rank in (0, 3, 4):
         rates, pushed, one_rate, once = of_ranks[rank]
-        assert rates.out_gbps == one_rate.out_gbps == one_rate.in_gbps == pytest.approx(200 / 12)
+        assert rates.out_gbps == one_rate.out_gbps == one_rate.in_gbps == pytest.approx(128 / 12)
         assert len(pushed) == 3  # to its neighbour alone, and to both with the others
         assert len(once) == 1
     assert of_ranks[0][0].in_gbps == pytest.approx(min(
-        rates_in, 200 / 12 + 200 / 100, 200 / 10 + 200 / 200,
+        rates_in, 128 / 12 + 128 / 100, 128 / 10 + 128 / 200,
     ))  # fmt: skip
     assert of_ranks[0][0] == of_ranks[3][0] == of_ranks[4][0]
     # Two ranks: one direction's rate is the other's.
     for rank in (1, 2):
         rates, pushed, _, _ = of_ranks[rank]
-        assert rates == LaneRates(200 / 11, 200 / 11)
+        assert rates == LaneRates(128 / 11, 128 / 11)
         assert len(pushed) == 1
+
+
+def agree_over_hosts(rank: int, num_ranks: int) -> tuple[LaneRates, list[tuple[int, int]]]:
+    """Every clock began at another time; a step of 64 KiB or less takes 1000 ns from everyone."""
+    everyone = tuple(range(num_ranks))
+    core = Clocks(rank, [[1000] * num_ranks] * num_ranks, began=10**9 * rank)
+    domain = DomainRanks(rank, everyone, everyone, over_hosts=True)
+    rates = measure_rates(Peers(dist.group.WORLD), domain, core, 65536, has_links=True)
+    return rates, core.pushed
+
+
+def test_hosts_need_no_common_clock_and_many_sources_push_less_each() -> None:
+    of_ranks = run_ranks(agree_over_hosts, 10, timeout_s=120)
+    less = 65536 * 7 // 9 // 64 * 64
+    for rank, (rates, pushed) in enumerate(of_ranks):
+        assert rates.out_gbps == pytest.approx(2 * 65536 / 1000)
+        assert rates.in_gbps == pytest.approx(9 * 2 * less / 1000)
+        others = [dst for dst in range(10) if dst != rank]
+        assert pushed == [((rank + 1) % 10, 65536), *((dst, less) for dst in others)]
 
 
 # ------------------------------------------------------------------------------- real start-ups
