@@ -252,6 +252,7 @@ class Balancer:
         plan: Plan | None,
     ) -> list[int]:  # fmt: skip
         """Publish a forward's counts; returns them as host ints."""
+        self.domain.refuse_capture(layer, micro_batch)
         if (
             plan is None
             and type(counts) is list

@@ -128,28 +128,17 @@ class CupyDevice:
     # ------------------------------------------------------------------------- streams and events
 
     @on_gpu
-    def bind_compute(self, handle: int) -> None:
-        """What another stream was given before comes first.
-
-        Raises:
-            RuntimeError: the stream is being captured into a CUDA graph.
-        """
+    def is_captured(self, handle: int) -> bool:
+        """The stream is being captured into a CUDA graph."""
         is_captured, status, text = self.gpu.attempt(self._runtime.streamIsCapturing, handle)
         if status not in (0, _CAPTURED, NO_CODE):
             raise RuntimeError(f"asking whether the compute stream is captured failed: {text}")
-        if is_captured or status != 0:  # no code: CuPy found a capture that has failed
-            raise RuntimeError(
-                "feplb was called while its stream is captured into a CUDA graph. A balanced layer "
-                "plans on the host in every call and cannot be captured. No row has moved. Leave "
-                "the MoE layer out of the graph."
-            )
+        return bool(is_captured) or status != 0  # no code: CuPy found a capture that has failed
+
+    def bind_compute(self, handle: int) -> None:
+        """This is the compute stream from here on; the core orders it behind the one before."""
         compute = self._streams[_COMPUTE]
-        if handle == compute.handle:
-            return
-        position = self.record(_COMPUTE) if compute.recorded else 0
         compute.handle, compute.awaited = handle, (0, 0)
-        if position:
-            self.after_event(_COMPUTE, _COMPUTE, position)
 
     @on_gpu
     def record(self, kind: int) -> int:

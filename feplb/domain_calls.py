@@ -95,6 +95,7 @@ class DomainCalls:
         self.lane_rates = lane_rates(config, lane.rates)
         self._gemm_gflops = rank_gflops(config, lane.machine)
         self._device = lane.device
+        self._gpu = lane.device.index if lane.device.type == "cuda" else None
         self._views: ArenaViews | None = ArenaViews(core, layers, lane.device)
         self._caller = threading.Lock()
         self._closed = False
@@ -184,13 +185,25 @@ class DomainCalls:
             KIND_BACKWARD, layer, micro_batch, grad_bits, [], moves=moves, plan_hash=plan_hash
         )
 
-    def refuse(self, layer: int, micro_batch: int, error: Exception) -> NoReturn:
+    def refuse(
+        self, layer: int, micro_batch: int, error: Exception, kind: int = KIND_FORWARD
+    ) -> NoReturn:
         """Publish this rank's error, so that no peer waits for it, and raise it. Blocks."""
         text = f"{error} (rank {self.global_rank}, layer {layer}, micro-batch {micro_batch})"
         named = layer if isinstance(layer, int) else -1
-        self._begin(KIND_FORWARD, named, micro_batch, 0, [], error=text)
+        self._begin(kind, named, micro_batch, 0, [], error=text)
         self.core.wait_plan()
         raise ValueError(f"{text}. Nothing was sent; the Balancer stays usable.") from error
+
+    def refuse_capture(self, layer: int, micro_batch: int, kind: int = KIND_FORWARD) -> None:
+        """Refuse a call inside a CUDA graph, before its header; peers are told. Then it blocks."""
+        stream = self._stream()
+        if stream is None:
+            return
+        try:
+            self.core.refuse_capture(stream)
+        except ValueError as error:
+            self.refuse(layer, micro_batch, error, kind)
 
     def wait_plan(self, layer: int, counts: Sequence[int]) -> Agreement:
         """Wait for all counts and the plan; blocks until the deadline, GIL released."""
@@ -276,8 +289,15 @@ class DomainCalls:
 
     def _bind_stream(self) -> None:
         """What the core enqueues from here on goes to the stream that PyTorch uses here."""
-        if self._device.type == "cuda":
-            self.core.bind_compute(torch.cuda.current_stream(self._device).cuda_stream)
+        stream = self._stream()
+        if stream is not None:
+            self.core.bind_compute(stream)
+
+    def _stream(self) -> int | None:
+        """The handle of that stream; None where tensors live on the CPU."""
+        if self._gpu is None:
+            return None
+        return torch._C._cuda_getCurrentRawStream(self._gpu)  # without a Stream object around it
 
     @property
     def views(self) -> ArenaViews:

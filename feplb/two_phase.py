@@ -88,6 +88,7 @@ class _ForwardPass:
         """Returns (out [N, H], the packed plan)."""
         call, core = self.call, self.call.domain.core
         if not call.begun:
+            call.domain.refuse_capture(call.layer, call.micro_batch)
             call.domain.publish_forward(
                 call.layer, call.micro_batch, call.bits.packed(), call.counts
             )
@@ -210,6 +211,7 @@ class _BackwardPass:
 
     def run(self) -> None:
         call, core = self.call, self.call.domain.core
+        call.domain.refuse_capture(call.layer, call.micro_batch, KIND_BACKWARD)
         call.domain.take_unconsumed()
         call.domain.publish_backward(
             call.layer, call.micro_batch, call.bits.packed(), self.saved.plan_hash, self.saved.moves

@@ -299,17 +299,6 @@ def sick_after(arm: Arm, symbol: str, after: int) -> None:
         driver.fail(symbol, 0)
 
 
-def captured(arm: Arm) -> None:
-    """One rank's stream is captured; the caller's stream is asked as with CUDA tensors."""
-    driver = StandIn()
-    arm.door.domain._bind_stream = lambda: arm.door.domain.core.bind_compute(0)  # type: ignore[method-assign]
-    driver.say_capturing(1 if arm.rank == BAD_RANK else 0)
-    try:
-        forward_and_backward(arm)
-    finally:
-        driver.say_capturing(0)
-
-
 def in_another_context(arm: Arm) -> str:
     """The caller has another context current, before and after everything that feplb does."""
     driver = StandIn().functions
@@ -359,7 +348,6 @@ MIDDLE = {
 }  # fmt: skip
 SCENARIOS = {
     **MIDDLE,
-    "captured": Scenario(captured, TWO_LAYERS),
     "context": Scenario(in_another_context, TWO_LAYERS),
     "leave nothing": Scenario(leave_nothing, TWO_LAYERS),
 }
@@ -381,10 +369,6 @@ def test_a_driver_that_fails_in_the_middle_is_told_to_all(reactions: Reactions, 
     patterns[BAD_RANK] = where.format(BAD_RANK) + called + rf".*\({SICK}\)"
     reactions.assert_closed(name, *patterns)
     assert max(reactions.seconds(name)) < 8  # the deadline is 10
-
-
-def test_capture_is_refused_on_every_rank(reactions: Reactions) -> None:
-    reactions.assert_closed("captured", "RuntimeError: .*captured into a CUDA graph")
 
 
 def test_another_context_stays_current(reactions: Reactions) -> None:

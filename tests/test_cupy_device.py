@@ -113,16 +113,6 @@ def compute_after_copy(bench: Bench) -> Iterator[bool]:
     yield soon(lambda: bench.seen(3) == 5)
 
 
-def next_stream_after_the_last(bench: Bench) -> Iterator[bool]:
-    bench.hold()
-    bench.device.record(COMPUTE)
-    bench.device.bind_compute(bench.streams[1])
-    bench.device.write_flags(COMPUTE, [bench.flag(3)], [5])
-    yield stays_away(lambda: bench.seen(3) != 0)
-    bench.let_go()
-    yield soon(lambda: bench.seen(3) == 5)
-
-
 def events_are_not_used_too_early(bench: Bench) -> Iterator[bool]:
     """As many points as there are events, and one more, while somebody waits for the last."""
     for _ in range(300):
@@ -188,7 +178,7 @@ def it_gives_everything_back(bench: Bench) -> Iterator[bool]:
 CASES: dict[str, tuple[Callable[[Bench], Iterator[bool]], dict[str, Any]]] = {
     program.__name__: (program, {})
     for program in (
-        copy_after_compute, compute_after_copy, next_stream_after_the_last,
+        copy_after_compute, compute_after_copy,
         events_are_not_used_too_early, a_wait_is_asked_for_once, more_flags_than_one_call_takes,
         it_gives_everything_back,
     )

@@ -192,18 +192,6 @@ def sick(arm: Arm, symbol: str) -> None:
         driver.fail(symbol, 0)
 
 
-def captured(arm: Arm) -> None:
-    """One rank's stream is captured; asked as with CUDA tensors."""
-    core = arm.door.domain.core
-    arm.door.domain._bind_stream = lambda: core.bind_compute(0)  # type: ignore[method-assign]
-    driver = StandIn()
-    driver.say_capturing(1 if arm.rank == BAD_RANK else 0)
-    try:
-        train(arm)
-    finally:
-        driver.say_capturing(0)
-
-
 SICKNESS = {
     "cuMemcpyBatchAsync": r"submitting a batch of \d+ copies failed: .*\(700\)",
     "cuStreamBatchMemOp": r"enqueueing flags failed: .*\(700\)",
@@ -214,7 +202,6 @@ SICKNESS = {
 SCENARIOS = {
     symbol: Scenario(functools.partial(sick, symbol=symbol), TWO_LAYERS) for symbol in SICKNESS
 }
-SCENARIOS |= {"captured": Scenario(captured, TWO_LAYERS)}
 SCENARIOS |= {
     name: test_balancer_failures.SCENARIOS[name]
     for name in ("absent forward", "backward_rows greedy", "micro-batch 3")
@@ -231,12 +218,6 @@ def test_a_driver_that_fails_in_a_call_is_told_on_every_rank(
     reactions: Reactions, symbol: str
 ) -> None:
     reactions.assert_closed(symbol, f"RuntimeError: .*{SICKNESS[symbol]}")
-
-
-def test_a_captured_stream_is_refused(reactions: Reactions) -> None:
-    texts = reactions.first("captured")
-    assert "is captured into a CUDA graph" in texts[BAD_RANK]
-    assert all(text.startswith("RuntimeError: ") for text in texts)
 
 
 def test_an_absent_rank_is_named_at_the_deadline(reactions: Reactions) -> None:

@@ -278,6 +278,7 @@ void bind_domain(py::module_& module) {
       .def("prove_lane", &Domain::prove_lane, py::arg("bytes"), ReleaseGil())
       .def("close", &Domain::close, ReleaseGil())
       .def("closed", &Domain::closed)
+      .def("refuse_capture", &Domain::refuse_capture, py::arg("stream"), ReleaseGil())
       .def("bind_compute", &Domain::bind_compute, py::arg("stream"), ReleaseGil())
       .def("begin", &begin_call, py::arg("kind"), py::arg("layer"), py::arg("micro_batch"),
            py::arg("grad_bits"), py::arg("counts"), py::arg("error"), py::arg("moves"),

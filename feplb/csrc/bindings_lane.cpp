@@ -38,7 +38,8 @@ class PythonDevice final : public Device {
   PythonDevice(py::object lane, const SharedMemory& board);
   ~PythonDevice() override;
 
-  void bind_compute(std::uintptr_t stream) override { call("bind_compute", stream); }
+  void bind_compute(std::uintptr_t stream) override;
+  bool is_captured(std::uintptr_t stream) override { return call<bool>("is_captured", stream); }
   Event record(StreamKind stream) override;
   WaitResult wait_event(Event event, const WaitLimits& limits) override;
   WaitResult wait_flag(const Flag* flag, Epoch epoch, const WaitLimits& limits) override;
@@ -67,6 +68,7 @@ class PythonDevice final : public Device {
 
   py::object lane_;
   StreamMarker marker_;
+  std::uintptr_t compute_ = 0;  // the stream bound last; before that, the default one
   Crew crew_;
   bool is_stepping_ = false;
   bool stopped_ = false;
@@ -112,6 +114,18 @@ bool PythonDevice::step_mover() {
   return did_something;
 }
 
+// As with the ce lane: the new stream waits for the last mark of the one before.
+void PythonDevice::bind_compute(std::uintptr_t stream) {
+  if (stream == compute_) return;
+  if (marker_.has_open_wait()) mark_compute();
+  call("bind_compute", stream);
+  compute_ = stream;
+  const uint32_t last = marker_.last_mark();
+  if (last == 0) return;
+  wait_flag(marker_.word(), last, WaitLimits{});
+  mark_compute();
+}
+
 Event PythonDevice::record(StreamKind stream) {
   if (stream == StreamKind::kCompute) step_mover();
   return Event{stream, call<uint64_t>("record", static_cast<int>(stream))};
@@ -151,7 +165,7 @@ void PythonDevice::write_flag(StreamKind stream, Flag* flag, Epoch epoch) {
 }
 
 // A release on the compute stream comes after the waits for what was released: it tells, in the
-// same call, how many of them have passed.
+// same call, that they have passed.
 void PythonDevice::write_flags(StreamKind stream, const std::vector<Flag*>& flags, Epoch epoch) {
   Words addresses, values;
   for (const Flag* flag : flags) {
@@ -161,14 +175,14 @@ void PythonDevice::write_flags(StreamKind stream, const std::vector<Flag*>& flag
   if (stream == StreamKind::kCompute) {
     step_mover();
     addresses.push_back(address_of(marker_.word()));
-    values.push_back(marker_.num_waits());
+    values.push_back(marker_.next_mark());
   }
   call("write_flags", static_cast<int>(stream), addresses, values);
 }
 
 void PythonDevice::mark_compute() {
   call("write_flags", static_cast<int>(StreamKind::kCompute), Words{address_of(marker_.word())},
-       Words{marker_.num_waits()});
+       Words{marker_.next_mark()});
 }
 
 bool PythonDevice::compute_drained() { return marker_.is_past_all_waits(); }

@@ -95,8 +95,11 @@ class Device {
  public:
   virtual ~Device() = default;
 
-  // Names the stream that the caller's own kernels run on during the coming call.
+  // Names the stream that the caller's own kernels run on during the coming call. What this device
+  // put into another one before comes first; that one need not exist any more.
   virtual void bind_compute(std::uintptr_t stream) = 0;
+  // A stream that is being captured into a graph runs nothing: no call can be made in it.
+  virtual bool is_captured(std::uintptr_t /*stream*/) { return false; }
 
   // The compute stream, from the caller's thread.
   virtual Event record(StreamKind stream) = 0;

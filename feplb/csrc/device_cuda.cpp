@@ -64,6 +64,7 @@ class CudaDevice final : public feplb::Device {
   ~CudaDevice() override { stop(); }
 
   void bind_compute(std::uintptr_t stream) override;
+  bool is_captured(std::uintptr_t stream) override;
   Event record(StreamKind stream) override;
   WaitResult wait_event(Event event, const WaitLimits& limits) override;
   WaitResult wait_flag(const Flag* flag, Epoch epoch, const WaitLimits& limits) override;
@@ -93,6 +94,7 @@ class CudaDevice final : public feplb::Device {
   Address address_of(const Flag* flag) const;
   void write_words(StreamState& state, const std::vector<std::pair<Address, uint32_t>>& words);
   void copy_word(StreamState& state, const std::vector<Address>& targets, uint32_t value);
+  void await_word(Address word, uint32_t value);
   void copy_chunks(StreamState& state);
   void give_back();
   void abandon() noexcept;
@@ -164,26 +166,29 @@ void CudaDevice::make_stream(StreamState& state) {
   state.stream = made.thing;
 }
 
-// What another compute stream was given before comes first: halves of the arena are handed on from
-// call to call, and compute_drained() speaks of one stream.
-void CudaDevice::bind_compute(std::uintptr_t stream) {
+bool CudaDevice::is_captured(std::uintptr_t stream) {
   const CurrentContext current(*context_);
+  int status = 0;
+  const Result asked = driver().stream_is_capturing(reinterpret_cast<Stream>(stream), &status);
+  if (asked == kCaptureImplicit || status != 0) return true;
+  driver().check(asked, "asking whether the compute stream is captured");
+  return false;
+}
+
+// Halves of the arena are handed on from call to call, flags count up, and compute_drained() speaks
+// of one stream: the new one waits for the last mark of the one before, and sets one of its own.
+// Only a wait that no release has followed needs the old stream once more.
+void CudaDevice::bind_compute(std::uintptr_t stream) {
   StreamState& compute = at(StreamKind::kCompute);
   auto* next = reinterpret_cast<Stream>(stream);
-  int status = 0;
-  const Result asked = driver().stream_is_capturing(next, &status);
-  if (asked == kCaptureImplicit || status != 0) {
-    throw Error(
-        "feplb was called while its stream is captured into a CUDA graph. A balanced layer plans "
-        "on the host in every call and cannot be captured. No row has moved. Leave the MoE layer "
-        "out of the graph.");
-  }
-  driver().check(asked, "asking whether the compute stream is captured");
   if (next == compute.stream) return;
-  const Event last = compute.recorded != 0 ? record(StreamKind::kCompute) : Event{};
+  if (marker_.has_open_wait()) mark_compute();
   compute.stream = next;
   compute.awaited = Event{};
-  wait_event(last, WaitLimits{});
+  const uint32_t last = marker_.last_mark();
+  if (last == 0) return;
+  await_word(own_->at(marker_.word()), last);
+  mark_compute();
 }
 
 Event CudaDevice::record(StreamKind kind) {
@@ -224,13 +229,20 @@ Address CudaDevice::address_of(const Flag* flag) const {
 }
 
 WaitResult CudaDevice::wait_flag(const Flag* flag, Epoch epoch, const WaitLimits& /*limits*/) {
+  await_word(address_of(flag), epoch);
+  if (!lifts_flags()) {
+    const CurrentContext current(*context_);
+    write_words(at(StreamKind::kCompute), {{board_->at(flag), epoch}});
+  }
+  return WaitResult::kEnqueued;
+}
+
+void CudaDevice::await_word(Address word, uint32_t value) {
   const CurrentContext current(*context_);
   StreamState& compute = at(StreamKind::kCompute);
   marker_.note_wait();
-  driver().check(driver().stream_wait_value(compute.stream, address_of(flag), epoch, wait_flags_),
+  driver().check(driver().stream_wait_value(compute.stream, word, value, wait_flags_),
                  "enqueueing the wait for a flag");
-  if (!lifts_flags()) write_words(compute, {{board_->at(flag), epoch}});
-  return WaitResult::kEnqueued;
 }
 
 void CudaDevice::copy_batch(StreamKind kind, const std::vector<CopyOp>& copies) {
@@ -285,7 +297,7 @@ void CudaDevice::write_flag(StreamKind kind, Flag* flag, Epoch epoch) {
 }
 
 // A release on the compute stream comes after the waits for what was released: it tells, in the
-// same call, how many of them have passed.
+// same call, that they have passed.
 void CudaDevice::write_flags(StreamKind kind, const std::vector<Flag*>& flags, Epoch epoch) {
   std::vector<std::pair<Address, uint32_t>> words;
   std::vector<Address> of_peers;
@@ -298,7 +310,7 @@ void CudaDevice::write_flags(StreamKind kind, const std::vector<Flag*>& flags, E
     }
   }
   if (kind == StreamKind::kCompute)
-    words.emplace_back(own_->at(marker_.word()), marker_.num_waits());
+    words.emplace_back(own_->at(marker_.word()), marker_.next_mark());
   const CurrentContext current(*context_);
   if (!of_peers.empty()) copy_word(at(kind), of_peers, epoch);
   if (!words.empty()) write_words(at(kind), words);
@@ -347,7 +359,7 @@ void CudaDevice::write_words(StreamState& state,
 
 void CudaDevice::mark_compute() {
   const CurrentContext current(*context_);
-  write_words(at(StreamKind::kCompute), {{own_->at(marker_.word()), marker_.num_waits()}});
+  write_words(at(StreamKind::kCompute), {{own_->at(marker_.word()), marker_.next_mark()}});
 }
 
 // Plain memory only: a driver call might queue behind the very wait that is to be lifted.

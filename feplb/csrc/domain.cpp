@@ -12,6 +12,9 @@
 namespace feplb {
 namespace {
 
+constexpr const char* kCaptured =
+    "feplb was called while its stream is captured into a CUDA graph. A balanced layer plans on "
+    "the host in every call and cannot be captured. Leave the MoE layer out of the graph";
 constexpr uint64_t kLastSeq = (uint64_t{1} << 31) - 1;
 
 void keep_for_ever(std::shared_ptr<void> memory) {
@@ -216,10 +219,20 @@ void Domain::settle(WaitResult result, const char* phase, const std::string& mis
   if (failure_.poisoned()) raise(cat(where(phase), ": ", failure_.text()));
 }
 
+void Domain::refuse_capture(std::uintptr_t stream) {
+  constexpr const char* kPhase = "looking at the compute stream";
+  check_usable(kPhase);
+  if (on_device(kPhase, [&] { return device_->is_captured(stream); })) throw UserError(kCaptured);
+}
+
+// A capture may have begun since the header went out.
 void Domain::bind_compute(std::uintptr_t stream) {
   constexpr const char* kPhase = "taking over the compute stream";
   check_usable(kPhase);
-  on_device(kPhase, [&] { device_->bind_compute(stream); });
+  on_device(kPhase, [&] {
+    if (device_->is_captured(stream)) throw Error(cat(kCaptured, ". No row has moved."));
+    device_->bind_compute(stream);
+  });
 }
 
 uint64_t Domain::begin(CallHeader header, std::vector<Move> saved_moves) {

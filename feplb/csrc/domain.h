@@ -97,6 +97,8 @@ class Domain {
   // `bytes` per peer must fit num_ranks times into the arena.
   void prove_lane(std::size_t bytes);
 
+  // Before the header: throws UserError where the caller's stream is captured into a graph.
+  void refuse_capture(std::uintptr_t stream);
   // Names the stream that the caller's kernels run on from here on; every method from post_rows on
   // that records, waits or releases does so there.
   void bind_compute(std::uintptr_t stream);

@@ -18,6 +18,7 @@ std::shared_ptr<const Driver> linked_driver(int num_gpus) {
 }
 
 void set_mood(const DriverMood& mood) {
+  stand_in_set_queued_default(mood.queued_default ? 1 : 0);
   stand_in_set_one_queue(mood.one_queue ? 1 : 0);
   stand_in_set_one_lock(mood.one_lock ? 1 : 0);
   stand_in_set_queue_depth(mood.queue_depth);
@@ -67,13 +68,15 @@ GpuRanks::GpuRanks(Config config)
     : config_(std::move(config)),
       driver_(linked_driver(config_.num_ranks)),
       ranks_(config_.num_ranks, config_.deadline_s) {
+  config_.mood.queued_default = config_.has_default;
   set_mood(config_.mood);
   for (int rank = 0; rank < config_.num_ranks; ++rank) {
     contexts_.push_back(std::make_shared<DeviceContext>(driver_, rank));
     const CurrentContext current(*contexts_.back());
     stand_in_adopt(ranks_.arena(rank), ranks_.arena_bytes());
     std::vector<std::uintptr_t> streams;
-    for (int i = 0; i < config_.num_streams; ++i) {
+    if (config_.has_default) streams.push_back(0);
+    while (static_cast<int>(streams.size()) < config_.num_streams) {
       Stream stream = nullptr;
       driver().check(driver().stream_create(&stream, feplb::cuda::kStreamNonBlocking), "a stream");
       streams.push_back(reinterpret_cast<std::uintptr_t>(stream));
@@ -87,7 +90,7 @@ GpuRanks::~GpuRanks() {
   for (int rank = 0; rank < config_.num_ranks; ++rank) {
     const CurrentContext current(*context(rank));
     for (const std::uintptr_t stream : streams(rank)) {
-      driver().stream_destroy(reinterpret_cast<Stream>(stream));
+      if (stream != 0) driver().stream_destroy(reinterpret_cast<Stream>(stream));
     }
     stand_in_disown(ranks_.arena(rank));
   }

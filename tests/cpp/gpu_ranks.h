@@ -18,6 +18,7 @@ void stand_in_set_gpus(int count);
 void stand_in_set_capturing(int status);
 void stand_in_set_jitter_us(int64_t us);
 void stand_in_set_one_queue(int on);
+void stand_in_set_queued_default(int on);
 void stand_in_set_one_lock(int on);
 void stand_in_set_queue_depth(int64_t depth);
 int64_t stand_in_alive(const char* kind);
@@ -31,6 +32,7 @@ namespace feplb_test {
 
 // How the driver behaves while it lives.
 struct DriverMood {
+  bool queued_default = false;
   bool one_queue = false;
   bool one_lock = false;
   int64_t queue_depth = 0;
@@ -55,6 +57,7 @@ class GpuRanks {
     feplb::cuda::CopyCall copies = feplb::cuda::CopyCall::kBatch;
     feplb::cuda::FlagCall flags = feplb::cuda::FlagCall::kMemOps;
     int num_streams = 1;
+    bool has_default = false;  // stream 0 is one of them, and behind as the others are
   };
   explicit GpuRanks(Config config);
   ~GpuRanks();

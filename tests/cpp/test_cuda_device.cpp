@@ -72,6 +72,22 @@ TEST(cuda_ranks_are_right_on_compute_streams_that_change) {
   }
 }
 
+// As PyTorch has it where nobody asks for another one.
+TEST(cuda_ranks_are_right_on_the_default_stream) {
+  GpuRanks::Config config = ranks_of(3, late(400));
+  config.has_default = true;
+  run_right(config, 6, 9);
+  config.mood.one_queue = true;
+  run_right(config, 6, 10);
+}
+
+TEST(cuda_ranks_are_right_on_the_default_stream_and_another_in_turn) {
+  GpuRanks::Config config = ranks_of(3, late(400));
+  config.has_default = true;
+  config.num_streams = 2;
+  run_right(config, 6, 11);
+}
+
 TEST(cuda_ranks_are_right_with_every_call) {
   uint64_t seed = 10;
   for (const CopyCall copies : {CopyCall::kBatch, CopyCall::kPeer, CopyCall::kPlain}) {
@@ -126,6 +142,16 @@ class Alone {
     const feplb::cuda::CurrentContext current(*context_);
     gpus_.launch(stream, std::move(kernel));
   }
+  std::uintptr_t make_stream() {
+    const feplb::cuda::CurrentContext current(*context_);
+    feplb::cuda::Stream stream = nullptr;
+    const auto& driver = context_->driver();
+    driver.check(driver.stream_create(&stream, feplb::cuda::kStreamNonBlocking), "a stream");
+    return reinterpret_cast<std::uintptr_t>(stream);
+  }
+  void destroy_stream(std::uintptr_t stream) {
+    context_->driver().stream_destroy(reinterpret_cast<feplb::cuda::Stream>(stream));
+  }
   void synchronize() { gpus_.synchronize(0); }
   void await_flag(std::size_t idx, feplb::Epoch epoch) {
     const feplb::TimePoint end = feplb::Clock::now() + std::chrono::seconds(10);
@@ -151,17 +177,59 @@ class Alone {
 TEST(cuda_work_of_one_compute_stream_comes_before_that_of_the_next) {
   Alone gpu;
   gpu.device().bind_compute(gpu.stream(0));
-  gpu.device().record(feplb::StreamKind::kCompute);
   std::atomic<int> step{0};
   int seen = 0;
   gpu.launch(gpu.stream(0), [&] {
     std::this_thread::sleep_for(std::chrono::milliseconds(30));
     step = 1;
   });
+  gpu.device().write_flag(feplb::StreamKind::kCompute, gpu.flag(0), 1);  // a release
   gpu.device().bind_compute(gpu.stream(1));
   gpu.launch(gpu.stream(1), [&] { seen = step; });
+  gpu.device().write_flag(feplb::StreamKind::kCompute, gpu.flag(0), 2);
   gpu.synchronize();
   CHECK_EQ(seen, 1);
+  CHECK_EQ(gpu.flag(0)->epoch.load(), 2u);
+  CHECK(gpu.device().compute_drained(), "all has run");
+}
+
+TEST(cuda_compute_stream_may_be_gone_when_the_next_is_bound) {
+  Alone gpu;
+  for (int i = 0; i < 3; ++i) {
+    const std::uintptr_t stream = gpu.make_stream();
+    gpu.device().bind_compute(stream);
+    gpu.device().record(feplb::StreamKind::kCompute);
+    gpu.device().wait_flag(gpu.flag(0), 0, {});
+    gpu.device().write_flag(feplb::StreamKind::kCompute, gpu.flag(1), 1);
+    gpu.destroy_stream(stream);
+  }
+  gpu.device().bind_compute(gpu.stream(0));
+  gpu.synchronize();
+  CHECK(gpu.device().compute_drained(), "all has run");
+}
+
+// A wait that no release has followed: what comes after it must not tell that it is over.
+TEST(cuda_wait_in_the_stream_before_is_not_over_for_a_new_one) {
+  Alone gpu;
+  gpu.device().bind_compute(gpu.stream(0));
+  gpu.device().wait_flag(gpu.flag(0), 5, {});
+  gpu.device().bind_compute(gpu.stream(1));
+  gpu.device().mark_compute();
+  std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  CHECK(!gpu.device().compute_drained(), "the wait is not over");
+  gpu.flag(0)->epoch.store(5);
+  gpu.synchronize();
+  CHECK(gpu.device().compute_drained(), "the wait is over");
+}
+
+TEST(cuda_compute_stream_that_stays_costs_no_call) {
+  Alone gpu;
+  gpu.device().bind_compute(gpu.stream(0));
+  gpu.device().write_flag(feplb::StreamKind::kCompute, gpu.flag(0), 1);
+  const int64_t before = stand_in_calls("");
+  gpu.device().bind_compute(gpu.stream(0));
+  CHECK_EQ(stand_in_calls("") - before, 0);
+  gpu.synchronize();
 }
 
 TEST(cuda_large_copies_go_in_one_call) {
@@ -203,15 +271,14 @@ TEST(cuda_flag_outside_the_board_is_refused) {
       "a flag lies outside the count board");
 }
 
-TEST(cuda_capture_is_refused_by_name) {
+TEST(cuda_capture_is_seen) {
   Alone gpu;
   for (const int status : {1, 2}) {
     stand_in_set_capturing(status);
-    check_throws<feplb::Error>([&] { gpu.device().bind_compute(gpu.stream(0)); },
-                               "captured into a CUDA graph");
+    CHECK(gpu.device().is_captured(gpu.stream(0)), "status ", status);
   }
   stand_in_set_capturing(0);
-  gpu.device().bind_compute(gpu.stream(0));
+  CHECK(!gpu.device().is_captured(gpu.stream(0)), "nothing is captured");
 }
 
 TEST(cuda_drained_means_past_the_last_wait) {

@@ -11,6 +11,7 @@
 //   STAND_IN_BLOCK=cuMemcpyBatchAsync:50  this call is held for so many milliseconds
 //   STAND_IN_CAPTURING=1       what cuStreamIsCapturing says of every stream
 //   STAND_IN_JITTER_US=200     operations start late, by up to so much
+//   STAND_IN_QUEUED_DEFAULT=1  stream 0 is behind, too
 //   STAND_IN_ONE_QUEUE=1       a GPU's streams share one hardware queue: what was submitted before,
 //                              in whatever stream, has ended before the next one starts
 //   STAND_IN_ONE_LOCK=1        one lock per GPU: calls that submit take it, and cuMemFree and
@@ -67,6 +68,7 @@ class Ledger {
   std::atomic<bool> one_lock{false};
   std::atomic<int64_t> queue_depth{0};
   std::atomic<bool> shares_pins{false};
+  std::atomic<bool> queued_default{false};  // stream 0 has a queue of its own, as on a GPU
 
   // Writes a call down; 0, or the code it shall fail with.
   int enter(const char* symbol, bool submits) {
@@ -142,6 +144,7 @@ class Ledger {
     call_ns = number("STAND_IN_CALL_NS", 0);
     capturing = static_cast<int>(number("STAND_IN_CAPTURING", 0));
     jitter_us = number("STAND_IN_JITTER_US", 0);
+    queued_default = number("STAND_IN_QUEUED_DEFAULT", 0) != 0;
     one_queue = number("STAND_IN_ONE_QUEUE", 0) != 0;
     one_lock = number("STAND_IN_ONE_LOCK", 0) != 0;
     queue_depth = number("STAND_IN_QUEUE_DEPTH", 0);

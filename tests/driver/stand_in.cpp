@@ -50,11 +50,13 @@ class DriverLock {
 };
 
 void enqueue(Stream stream, Operation operation) {
-  if (stream == nullptr) {
+  if (stream == nullptr && !Ledger::the().queued_default) {
     operation();
     return;
   }
-  Queue& queue = *record_of(stream)->queue;
+  const std::shared_ptr<Queue> kept =
+      stream == nullptr ? Gpu::of(current_device()).default_queue() : record_of(stream)->queue;
+  Queue& queue = *kept;
   queue.add(std::move(operation));
   const int64_t depth = Ledger::the().queue_depth.load();
   if (depth > 0) queue.wait_for(static_cast<std::size_t>(depth));
@@ -107,9 +109,10 @@ using namespace stand_in;
   if (const int code = Ledger::the().enter(symbol, submits); code != 0) return code
 #define STAND_IN_NEEDS_CONTEXT() \
   if (!has_context()) return kInvalidContext
-#define STAND_IN_SUBMITS(symbol) \
-  STAND_IN_ENTER(symbol, true);  \
-  STAND_IN_NEEDS_CONTEXT();      \
+#define STAND_IN_SUBMITS(symbol, stream)                  \
+  STAND_IN_ENTER(symbol, true);                           \
+  STAND_IN_NEEDS_CONTEXT();                               \
+  if (!Streams::the().has(stream)) return kInvalidHandle; \
   const DriverLock driver_lock
 
 extern "C" {
@@ -139,6 +142,13 @@ void stand_in_set_capturing(int status) { Ledger::the().capturing = status; }
 void stand_in_set_jitter_us(int64_t us) { Ledger::the().jitter_us = us; }
 // For streams to come.
 void stand_in_set_one_queue(int on) { Ledger::the().one_queue = on != 0; }
+void stand_in_set_queued_default(int on) {
+  Ledger::the().queued_default = on != 0;
+  if (on != 0) return;
+  for (int device = 0; device < Ledger::the().num_gpus; ++device) {
+    Gpu::of(device).drop_default_queue();
+  }
+}
 void stand_in_set_one_lock(int on) { Ledger::the().one_lock = on != 0; }
 void stand_in_set_queue_depth(int64_t depth) { Ledger::the().queue_depth = depth; }
 int64_t stand_in_failures() { return Ledger::the().failures(); }
@@ -159,7 +169,7 @@ void stand_in_disown(void* memory) {
 
 // A kernel: runs in its place in the stream. Launching is a call of the driver.
 Result stand_in_launch(Stream stream, void (*kernel)(void*), void* argument) {
-  STAND_IN_SUBMITS("launch");
+  STAND_IN_SUBMITS("launch", stream);
   enqueue(stream, [kernel, argument] { kernel(argument); });
   return kSuccess;
 }
@@ -285,12 +295,14 @@ Result cuStreamCreate(Stream* stream, unsigned flags) {
   STAND_IN_NEEDS_CONTEXT();
   if (flags != kStreamNonBlocking) return kInvalidValue;
   *stream = reinterpret_cast<Stream>(new StreamRecord{Gpu::of(current_device()).make_queue()});
+  Streams::the().add(*stream);
   Ledger::the().made("stream");
   return kSuccess;
 }
 
 Result cuStreamDestroy(Stream stream) {
   STAND_IN_ENTER("cuStreamDestroy", false);
+  if (!Streams::the().remove(stream)) return kInvalidHandle;
   delete record_of(stream);
   Ledger::the().gone("stream");
   return kSuccess;
@@ -298,7 +310,12 @@ Result cuStreamDestroy(Stream stream) {
 
 Result cuStreamSynchronize(Stream stream) {
   STAND_IN_ENTER("cuStreamSynchronize", false);
+  if (!Streams::the().has(stream)) return kInvalidHandle;
   if (stream != nullptr) record_of(stream)->queue->wait_for(0);
+  if (stream == nullptr && Ledger::the().queued_default) {
+    if (!has_context()) return kInvalidContext;
+    Gpu::of(current_device()).default_queue()->wait_for(0);
+  }
   return kSuccess;
 }
 
@@ -324,7 +341,7 @@ Result cuEventDestroy(EventHandle event) {
 }
 
 Result cuEventRecord(EventHandle event, Stream stream) {
-  STAND_IN_SUBMITS("cuEventRecord");
+  STAND_IN_SUBMITS("cuEventRecord", stream);
   auto* record = reinterpret_cast<EventRecord*>(event);
   const auto point = std::make_shared<Point>();
   {
@@ -336,7 +353,7 @@ Result cuEventRecord(EventHandle event, Stream stream) {
 }
 
 Result cuStreamWaitEvent(Stream stream, EventHandle event, unsigned) {
-  STAND_IN_SUBMITS("cuStreamWaitEvent");
+  STAND_IN_SUBMITS("cuStreamWaitEvent", stream);
   const auto point = reinterpret_cast<EventRecord*>(event)->latest();
   if (point == nullptr) return kSuccess;
   enqueue(stream, [point] {
@@ -346,7 +363,7 @@ Result cuStreamWaitEvent(Stream stream, EventHandle event, unsigned) {
 }
 
 Result cuStreamBatchMemOp(Stream stream, unsigned count, MemOp* ops, unsigned flags) {
-  STAND_IN_SUBMITS("cuStreamBatchMemOp");
+  STAND_IN_SUBMITS("cuStreamBatchMemOp", stream);
   if (count >= 256 || flags != 0) return kInvalidValue;
   for (unsigned i = 0; i < count; ++i) {
     const Result result =
@@ -357,14 +374,14 @@ Result cuStreamBatchMemOp(Stream stream, unsigned count, MemOp* ops, unsigned fl
 }
 
 Result cuStreamWaitValue32(Stream stream, Address address, uint32_t value, unsigned flags) {
-  STAND_IN_SUBMITS("cuStreamWaitValue32");
+  STAND_IN_SUBMITS("cuStreamWaitValue32", stream);
   return (flags & ~kWaitFlush) != kWaitAtLeast
              ? kInvalidValue
              : enqueue_mem_op(stream, kWaitValue32, address, value);
 }
 
 Result cuStreamWriteValue32(Stream stream, Address address, uint32_t value, unsigned) {
-  STAND_IN_SUBMITS("cuStreamWriteValue32");
+  STAND_IN_SUBMITS("cuStreamWriteValue32", stream);
   return enqueue_mem_op(stream, kWriteValue32, address, value);
 }
 
@@ -373,7 +390,7 @@ Result cuStreamWriteValue32(Stream stream, Address address, uint32_t value, unsi
 Result cuMemcpyBatchAsync(Address* destinations, Address* sources, std::size_t* sizes,
                           std::size_t count, CopyAttributes* attributes, std::size_t* first,
                           std::size_t num_attributes, std::size_t* failed, Stream stream) {
-  STAND_IN_SUBMITS("cuMemcpyBatchAsync");
+  STAND_IN_SUBMITS("cuMemcpyBatchAsync", stream);
   if (stream == nullptr || count == 0 || num_attributes != 1 || first[0] != 0 ||
       attributes->source_access_order != kSourceInStreamOrder) {
     return kInvalidValue;
@@ -399,13 +416,13 @@ static Result copy_in_stream(Address destination, Address source, std::size_t by
 }
 
 Result cuMemcpyAsync(Address destination, Address source, std::size_t bytes, Stream stream) {
-  STAND_IN_SUBMITS("cuMemcpyAsync");
+  STAND_IN_SUBMITS("cuMemcpyAsync", stream);
   return copy_in_stream(destination, source, bytes, stream);
 }
 
 Result cuMemcpyPeerAsync(Address destination, Context destination_context, Address source,
                          Context source_context, std::size_t bytes, Stream stream) {
-  STAND_IN_SUBMITS("cuMemcpyPeerAsync");
+  STAND_IN_SUBMITS("cuMemcpyPeerAsync", stream);
   if (destination_context == nullptr || source_context == nullptr) return kInvalidContext;
   return copy_in_stream(destination, source, bytes, stream);
 }

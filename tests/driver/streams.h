@@ -1,6 +1,7 @@
 // Streams and events of the stand-in driver. A stream is a queue of operations with a thread that
-// runs them in order, or shares its GPU's only queue; stream 0 runs them at once, on the thread
-// that enqueues (a GPU that is never behind).
+// runs them in order, or shares its GPU's only queue. Stream 0 runs them at once, on the thread
+// that enqueues (a GPU that is never behind), or has a queue of its GPU, if it is told so. Other
+// streams are not ordered by it: all of them are non-blocking.
 #pragma once
 
 #include <array>
@@ -12,6 +13,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -110,10 +112,27 @@ class Gpu {
     }
   }
 
+  // That of stream 0, where it has one.
+  std::shared_ptr<Queue> default_queue() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (default_ != nullptr) return default_;
+    }
+    const std::shared_ptr<Queue> made = make_queue();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (default_ == nullptr) default_ = made;
+    return default_;
+  }
+  void drop_default_queue() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    default_.reset();
+  }
+
   std::mutex& driver_lock() { return driver_lock_; }
 
  private:
   std::mutex mutex_;
+  std::shared_ptr<Queue> default_;
   std::weak_ptr<Queue> only_;
   std::vector<std::weak_ptr<Queue>> queues_;
   std::mutex driver_lock_;
@@ -121,6 +140,31 @@ class Gpu {
 
 struct StreamRecord {
   std::shared_ptr<Queue> queue;
+};
+
+// The streams there are: a call that names another one is refused, as after cuStreamDestroy.
+class Streams {
+ public:
+  static Streams& the() {
+    static Streams* streams = new Streams;
+    return *streams;
+  }
+  void add(const void* stream) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    streams_.insert(stream);
+  }
+  bool remove(const void* stream) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return streams_.erase(stream) != 0;
+  }
+  bool has(const void* stream) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return stream == nullptr || streams_.count(stream) != 0;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::set<const void*> streams_;
 };
 
 // What an event stands for: the point at which it was recorded last.
