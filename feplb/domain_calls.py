@@ -7,6 +7,7 @@ at a time, and remembers which weight grads are still on their way. A method tha
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, Protocol
@@ -33,6 +34,8 @@ from .gpu_costs import rank_gflops
 from .lanes import ProvenLane
 from .peers import DomainRanks
 from .scheduler.plan import hash_integers
+
+logger = logging.getLogger(__name__)
 
 _EMPTY_PLAN = 1  # what a plan from outside without moves is called; 0 says there is none
 
@@ -151,8 +154,15 @@ class DomainCalls:
         if not self.core.failure_text():
             with contextlib.suppress(RuntimeError):
                 self.take_unconsumed()
-        self.core.close()
         self._views = None
+        self.core.close()
+        ranks = self.core.still_mapped_by()
+        if ranks:
+            logger.warning(
+                "close (rank %d): rank %s still maps this rank's arena, which stays reserved until "
+                "the process ends. Close the Balancers of all ranks at about the same time.",
+                self.global_rank, ", ".join(map(str, ranks)),
+            )  # fmt: skip
 
     # -------------------------------------------------------------------------- level 0: agreement
 

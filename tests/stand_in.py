@@ -68,6 +68,11 @@ class StandIn:
         count: int = self.functions.stand_in_failures()
         return count
 
+    def used_after_free(self) -> int:
+        """Allocations that were freed while another process had them open."""
+        count: int = self.functions.stand_in_alive(b"use after free")
+        return count
+
     def say_capturing(self, status: int) -> None:
         """What every stream answers when it is asked."""
         self.functions.stand_in_set_capturing(status)

@@ -5,6 +5,7 @@
 #include "bindings.h"
 #include "domain.h"
 #include "lane_door.h"
+#include "unmapping.h"
 
 namespace feplb {
 namespace {
@@ -64,6 +65,19 @@ std::vector<FlagPlace> flag_places(const CountBoard& board, const DomainMemory& 
   return places;
 }
 
+DomainMemory domain_memory(int rank, const std::shared_ptr<SharedMemory>& board,
+                           std::vector<std::shared_ptr<Mapping>> arenas) {
+  DomainMemory memory;
+  memory.board = board->data();
+  for (const auto& arena : arenas) memory.arenas.push_back(arena->data());
+  std::shared_ptr<Mapping> own = std::move(arenas[static_cast<std::size_t>(rank)]);
+  memory.is_freed_last = own->is_freed_last();
+  using Owned = std::pair<std::shared_ptr<SharedMemory>, std::shared_ptr<Mapping>>;
+  memory.owner = std::make_shared<Owned>(board, std::move(own));
+  memory.peers = std::make_shared<std::vector<std::shared_ptr<Mapping>>>(std::move(arenas));
+  return memory;
+}
+
 // `sockets` [num_ranks], -1 in this rank's place: a domain over several hosts, and the caller's no
 // more. Empty: the board is shared memory, and `flags_at` is not looked at.
 std::unique_ptr<Domain> make_domain(int rank, uint64_t config_hash, double deadline_s,
@@ -86,19 +100,21 @@ std::unique_ptr<Domain> make_domain(int rank, uint64_t config_hash, double deadl
   config.global_ranks = std::move(global_ranks);
   const int name =
       config.global_ranks.empty() ? rank : config.global_ranks[static_cast<std::size_t>(rank)];
-  DomainMemory memory;
-  memory.board = board->data();
-  for (const auto& arena : arenas) memory.arenas.push_back(arena->data());
-  std::vector<FlagPlace> flags;
-  if (!sockets.empty()) {
-    const CountBoard places(board->data(), config.num_ranks, max_local_experts(config.layers));
-    flags = flag_places(places, memory, flags_at);
+  CountBoard shared(board->data(), config.num_ranks, max_local_experts(config.layers));
+  const auto make = [&] {
+    DomainMemory memory = domain_memory(rank, board, arenas);
+    std::vector<FlagPlace> flags;
+    if (!sockets.empty()) flags = flag_places(shared, memory, flags_at);
+    std::unique_ptr<Device> device = lane.make(cat("feplb-", name, "-copy"), *board, arenas, flags);
+    return std::make_unique<Domain>(config, std::move(memory), std::move(device),
+                                    std::move(relay_sockets));
+  };
+  try {
+    return make();
+  } catch (...) {  // peers that could be built close, and this rank maps nothing any more
+    tell_unmapped(shared, rank);
+    throw;
   }
-  std::unique_ptr<Device> device = lane.make(cat("feplb-", name, "-copy"), *board, arenas, flags);
-  using Owned = std::pair<std::shared_ptr<SharedMemory>, std::vector<std::shared_ptr<Mapping>>>;
-  memory.owner = std::make_shared<Owned>(std::move(board), std::move(arenas));
-  return std::make_unique<Domain>(std::move(config), std::move(memory), std::move(device),
-                                  std::move(relay_sockets));
 }
 
 uint64_t begin_call(Domain& domain, int kind, int layer, int64_t micro_batch, uint32_t grad_bits,
@@ -278,6 +294,7 @@ void bind_domain(py::module_& module) {
       .def("prove_lane", &Domain::prove_lane, py::arg("bytes"), ReleaseGil())
       .def("close", &Domain::close, ReleaseGil())
       .def("closed", &Domain::closed)
+      .def("still_mapped_by", &Domain::still_mapped_by)
       .def("refuse_capture", &Domain::refuse_capture, py::arg("stream"), ReleaseGil())
       .def("bind_compute", &Domain::bind_compute, py::arg("stream"), ReleaseGil())
       .def("begin", &begin_call, py::arg("kind"), py::arg("layer"), py::arg("micro_batch"),

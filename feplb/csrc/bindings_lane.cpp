@@ -240,6 +240,7 @@ class PythonMapping final : public Mapping {
     owner_ = py::object();
   }
   std::byte* data() const override { return reinterpret_cast<std::byte*>(address_); }
+  bool is_freed_last() const override { return true; }  // CuPy knows CUDA IPC alone
 
  private:
   std::uintptr_t address_;

@@ -9,7 +9,7 @@
 //   / acquire
 //                            after the last reader
 //   bell                     ringers                        its rank's mover     see bell.h
-//   state                    its rank                       peers' waits         release / acquire
+//   state                    its rank                       peers' waits, close  release / acquire
 //   abort.state              first rank to fail             everyone             acq_rel
 //
 // Headers have two slots, by parity of seq: a rank publishes seq + 2 only after it has planned
@@ -65,7 +65,8 @@ struct CallHeader {
   std::vector<int32_t> counts;
 };
 
-enum class RankState : uint32_t { kJoining = 0, kOpen = 1, kClosed = 2 };
+// kUnmapped: closed, and no arena of a peer is mapped there any more.
+enum class RankState : uint32_t { kJoining = 0, kOpen = 1, kClosed = 2, kUnmapped = 3 };
 
 // Hears what this rank writes on its board, where peers have boards of their own (relay.h).
 class BoardEcho {
@@ -110,6 +111,7 @@ class CountBoard {
   Bell& bell(int rank) const;
 
   RankState state(int rank) const;
+  bool has_closed(int rank) const { return state(rank) >= RankState::kClosed; }
   void set_state(int rank, RankState state);
 
   // The first failure of the domain, told to every rank. Returns false if another came first.

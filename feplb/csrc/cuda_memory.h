@@ -73,6 +73,7 @@ class DeviceArena : public Mapping {
   ~DeviceArena() override;
 
   std::byte* data() const override { return reinterpret_cast<std::byte*>(address_); }
+  bool is_freed_last() const override { return way_ == ArenaWay::kIpc; }
   // What a peer opens it with.
   Fd export_fd() const;
   std::string export_ipc() const;

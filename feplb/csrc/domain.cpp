@@ -8,6 +8,7 @@
 
 #include "error.h"
 #include "fences.h"
+#include "unmapping.h"
 
 namespace feplb {
 namespace {
@@ -97,19 +98,31 @@ void Domain::close() noexcept {
   await_drained();
   watchdog_.stop();
   watchdog_thread_.join();
-  watchdog_.close_fds();
   if (relay_) relay_->stop();
   relay_thread_.join();
   board_.echo_to(-1, nullptr);
   relay_.reset();  // its sockets end: peers know already that this rank has closed
   const bool is_drained = device_->compute_drained();
   device_->stop();
-  // Views that are still alive keep the mapping, and so does a stream that waits for ever.
   if (is_drained) {
-    memory_.owner.reset();
-  } else {
+    let_go_of_memory();
+  } else {  // a stream that waits for ever reads and writes it for ever
+    keep_for_ever(std::move(memory_.peers));
     keep_for_ever(std::move(memory_.owner));
   }
+  watchdog_.close_fds();
+}
+
+// Views that are still alive keep this rank's own memory, and so does a peer that maps it.
+void Domain::let_go_of_memory() noexcept {
+  memory_.peers.reset();
+  tell_unmapped(board_, config_.rank);
+  if (memory_.is_freed_last) {
+    const auto is_alive = [this](int rank) { return watchdog_.is_alive(rank); };
+    still_mapped_by_ = await_unmapped(board_, config_.rank, is_alive, config_.deadline_s);
+  }
+  if (!still_mapped_by_.empty()) keep_for_ever(std::move(memory_.owner));
+  memory_.owner.reset();
 }
 
 // What lies in the compute stream may wait for flags of the board: it stays until they have come,

@@ -66,11 +66,13 @@ struct CallName {
   uint64_t seq = 0;
 };
 
-// Memory that the domain lives in; kept alive by the domain and by every view of the arena.
+// Memory that the domain lives in.
 struct DomainMemory {
   std::byte* board = nullptr;
   std::vector<std::byte*> arenas;  // [num_ranks], as mapped into this process
-  std::shared_ptr<void> owner;
+  std::shared_ptr<void> owner;     // of board and own arena; every view of the arena holds it too
+  std::shared_ptr<void> peers;     // of the peers' arenas
+  bool is_freed_last = false;      // peers must have unmapped this rank's arena before it is freed
 };
 
 class Domain {
@@ -83,10 +85,13 @@ class Domain {
   // What auto decides by; before open().
   void set_costs(int32_t layer, const UnitCosts& costs) { mover_.set_costs(layer, costs); }
   void open();
-  // Ends threads and lane without any collective and lets go of the memory; only closed() and
-  // failure_text() may be called afterwards. Idempotent; in a forked child it does nothing.
+  // Ends threads and lane without any collective and lets go of the memory; only closed(),
+  // failure_text() and still_mapped_by() may be called afterwards. Idempotent; in a forked child it
+  // does nothing. Where peers map what must be freed last, it waits a second at most for them.
   void close() noexcept;
   bool closed() const { return closed_; }
+  // Global ranks for which close() has kept the arena until the process ends.
+  const std::vector<int>& still_mapped_by() const { return still_mapped_by_; }
 
   // What the lane's rates are made of, before prove_lane(): pushes `bytes` kCopiesAtATime times to
   // `dst`, `times` over, into this rank's place in its arena. Returns when it began and when each
@@ -152,6 +157,7 @@ class Domain {
   void settle(WaitResult result, const char* phase, const std::string& missing);
   void let_go_of_inputs() noexcept;
   void await_drained() noexcept;
+  void let_go_of_memory() noexcept;
   void await_on_host(const Flag* flag, Epoch epoch, const char* phase, const std::string& whom);
   template <typename Call>
   auto on_device(const char* phase, const Call& call);
@@ -173,6 +179,7 @@ class Domain {
   std::unique_ptr<Relay> relay_;  // only where the domain spans hosts
   pid_t pid_;
   bool closed_ = false;
+  std::vector<int> still_mapped_by_;
   bool is_driven_ = false;  // the lane runs all threads (simulation): only its mover may plan
 
   uint64_t seq_ = 0;

@@ -415,7 +415,7 @@ std::string Mover::missing_headers() const {
     if (board_.published_seq(rank, header_.seq) == header_.seq) continue;
     text += cat(text.empty() ? "" : ", ", "rank ", board_.global_rank(rank),
                 " (last seen: ", board_.last_seen(rank),
-                board_.state(rank) == RankState::kClosed ? ", has closed its Balancer" : "", ")");
+                board_.has_closed(rank) ? ", has closed its Balancer" : "", ")");
   }
   return text;
 }

@@ -25,6 +25,8 @@ class Mapping {
  public:
   virtual ~Mapping() = default;
   virtual std::byte* data() const = 0;
+  // Its exporter must free it last: peers that still map it then would map what is gone.
+  virtual bool is_freed_last() const { return false; }
 };
 
 class SharedMemory : public Mapping {

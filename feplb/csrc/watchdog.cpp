@@ -112,11 +112,20 @@ void Watchdog::look_at_peers() {
 }
 
 void Watchdog::peer_died(int rank) {
-  if (board_.state(rank) == RankState::kClosed) return;
+  if (board_.has_closed(rank)) return;
   const pid_t pid = pids_[static_cast<std::size_t>(rank)];
   failure_.poison(cat("peer rank ", board_.global_rank(rank),
                       pid == 0 ? "" : cat(" (pid ", pid, ")"),
                       " died; last seen: ", board_.last_seen(rank)));
+}
+
+bool Watchdog::is_alive(int rank) const {
+  if (pids_[static_cast<std::size_t>(rank)] == getpid()) return true;
+  for (const Peer& peer : peers_) {
+    pollfd fd{peer.pidfd.get(), POLLIN, 0};
+    if (peer.rank == rank) return poll(&fd, 1, 0) <= 0;
+  }
+  return false;
 }
 
 void Watchdog::look_at_waits() {

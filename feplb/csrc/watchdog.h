@@ -31,7 +31,9 @@ class Watchdog {
   void peer_died(int rank);  // unless that rank had closed its Balancer before
   void run() noexcept;       // the thread's body
   void stop() noexcept;
-  void close_fds() noexcept;  // once the thread has ended
+  // Once the thread has ended.
+  bool is_alive(int rank) const;
+  void close_fds() noexcept;
 
  private:
   struct Peer {

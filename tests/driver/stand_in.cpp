@@ -450,7 +450,7 @@ Result cuMemAlloc(Address* address, std::size_t bytes) {
   STAND_IN_NEEDS_CONTEXT();
   const DriverLock driver_lock;
   if (Ledger::the().one_lock) Gpu::of(current_device()).drain();
-  const int fd = Memory::make_fd(bytes);
+  const int fd = Memory::make_fd(Openers::offset(bytes) + Openers::kBytes);
   void* mapped = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (fd < 0 || mapped == MAP_FAILED) return kOutOfMemory;
   *address = reinterpret_cast<Address>(mapped);
@@ -466,6 +466,7 @@ Result cuMemFree(Address address) {
   if (Ledger::the().one_lock) Gpu::of(current_device()).drain();
   Block block;
   if (!Memory::the().take(address, block)) return kInvalidValue;
+  if (Openers(block.fd, block.bytes).has_living()) Ledger::the().made("use after free");
   munmap(reinterpret_cast<void*>(address), block.bytes);
   close(block.fd);
   Ledger::the().gone("allocation");
@@ -480,10 +481,10 @@ struct IpcContent {
 
 Result cuIpcGetMemHandle(IpcHandle* handle, Address address) {
   STAND_IN_ENTER("cuIpcGetMemHandle", false);
-  const int fd = Memory::the().fd_of(address);
-  if (fd < 0) return kInvalidValue;
+  const Block block = Memory::the().block_at(address);
+  if (block.fd < 0) return kInvalidValue;
   std::memset(handle, 0, sizeof(*handle));
-  const IpcContent content{getpid(), fd, static_cast<std::size_t>(lseek(fd, 0, SEEK_END))};
+  const IpcContent content{getpid(), block.fd, block.bytes};
   std::memcpy(handle, &content, sizeof(content));
   return kSuccess;
 }
@@ -496,13 +497,16 @@ Result cuIpcOpenMemHandle(Address* address, IpcHandle handle, unsigned flags) {
   if (flags != kIpcLazyPeerAccess || content.pid == getpid()) return kInvalidContext;
   const std::string path =
       "/proc/" + std::to_string(content.pid) + "/fd/" + std::to_string(content.fd);
-  FILE* file = fopen(path.c_str(), "r+");
-  if (file == nullptr) return kNotPermitted;
-  void* mapped = mmap(nullptr, content.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fileno(file), 0);
-  fclose(file);
-  if (mapped == MAP_FAILED) return kOutOfMemory;
+  const int fd = open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (fd < 0) return kNotPermitted;
+  void* mapped = mmap(nullptr, content.bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  if (mapped == MAP_FAILED) {
+    close(fd);
+    return kOutOfMemory;
+  }
+  Openers(fd, content.bytes).add();
   *address = reinterpret_cast<Address>(mapped);
-  Memory::the().add(*address, Block{content.bytes, -1, true});
+  Memory::the().add(*address, Block{content.bytes, fd, true});
   Ledger::the().made("ipc mapping");
   return kSuccess;
 }
@@ -512,6 +516,8 @@ Result cuIpcCloseMemHandle(Address address) {
   Block block;
   if (!Memory::the().take(address, block)) return kInvalidValue;
   munmap(reinterpret_cast<void*>(address), block.bytes);
+  Openers(block.fd, block.bytes).remove();
+  close(block.fd);
   Ledger::the().gone("ipc mapping");
   return kSuccess;
 }
