@@ -34,7 +34,7 @@ def _machine() -> Iterator[None]:
 
 
 class Bench:
-    """A started device with compute streams of the driver's, a board of flags and some memory.
+    """A started device with a compute stream of the driver's, a board of flags and some memory.
 
     Only the board's flag 0 lets a stream go on that was held.
     """
@@ -48,9 +48,9 @@ class Bench:
         self.board = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
         with self.gpu.current():
             self.memory = self.runtime.malloc(memory)
-            self.streams = [self.runtime.streamCreateWithFlags(1) for _ in range(2)]
+            self.stream = self.runtime.streamCreateWithFlags(1)
         self.device.start(self.board, PAGE, self.board + PAGE, PAGE)
-        self.device.bind_compute(self.streams[0])
+        self.device.bind_compute(self.stream)
 
     def flag(self, number: int) -> int:
         return self.board + 4 * number
@@ -168,8 +168,7 @@ def it_gives_everything_back(bench: Bench) -> Iterator[bool]:
     yield driver.calls("cuStreamSynchronize") == 3  # destroying a stream would not wait for it
     with bench.gpu.current():
         runtime.free(bench.memory)
-        for stream in bench.streams:
-            runtime.streamDestroy(stream)
+        runtime.streamDestroy(bench.stream)
     yield driver.alive() == {"context": 1}
     bench.__dict__.clear()
     yield driver.alive() == {}
