@@ -30,7 +30,7 @@ declare -A seconds=([build]=150 [doctor]=40 [tests]=200 [engine_proof]=60 [gemm_
   [ep_overhead]=30 [layer_time]=120 [sanitizer]=90)
 # What shows the most; with --full all of them.
 first_tests=(tests/test_gpu.py tests/test_gpu_compute.py tests/test_grouped_gemm.py
-  tests/test_swiglu_kernel.py tests/test_permute_kernel.py)
+  tests/test_swiglu_kernel.py tests/test_permute_kernel.py tests/test_measure_tiles.py)
 
 refuse() {
   echo "gpu.sh: $1 (see --help)" >&2

@@ -110,7 +110,7 @@ class Balancer:
         device: where rows, weights and gradients must be: the CPU (host lane) or a GPU (ce, cupy).
         tiles: what all ranks of the group compute 16-bit rows with on GPUs; see agreed_tiles.py.
         domain: the calls under way; for feplb itself.
-    Thread/stream: collective over ``group``, blocks. Starts up to three threads per rank.
+    Thread/stream: collective over ``group``, blocks. Starts up to four threads per rank.
     """
 
     def __init__(

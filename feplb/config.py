@@ -238,9 +238,9 @@ class BalancerConfig:
             work that hides the way back) and for ``auto``; None: 120 per CPU thread.
         lane_gbps: rate of the lane, out of a source and into a destination, in 10^9 bytes per
             second; None: both as measured at start-up.
-        tiles: on GPUs, the grouped GEMM's of 16-bit rows: ``"measure"`` (every rank times six
-            configurations at start-up, compiling them first, and all agree on one:
-            ``Balancer.tiles``), ``"default"`` (a fixed one: nothing is compiled or measured).
+        tiles: on GPUs, the grouped GEMM's of 16-bit rows: ``"default"`` (a fixed one),
+            ``"measure"`` (every rank times six configurations at start-up, compiling them first,
+            and all agree on one: ``Balancer.tiles``).
         allow_single_queue: on GPUs, accept ``CUDA_DEVICE_MAX_CONNECTIONS=1`` without a setting for
             copies: they then wait behind kernels, and little is gained.
     """
@@ -262,7 +262,7 @@ class BalancerConfig:
     arena_handle: str = "auto"
     gemm_gflops: float | None = None
     lane_gbps: float | None = None
-    tiles: str = "measure"
+    tiles: str = "default"
     allow_single_queue: bool = False
 
     def __post_init__(self) -> None:

@@ -247,7 +247,6 @@ _WARM: set[LayerSpec] = set()
 def build(specs: Sequence[LayerSpec] = PLAIN, **config: Any) -> Balancer:
     """A Balancer over all ranks of the process group."""
     config.setdefault("deadline_s", DEADLINE_S)
-    config.setdefault("tiles", "default")  # experts() computes with them
     for spec in specs if on_gpu() else ():
         warm_up(spec)
     return Balancer(BalancerConfig(**config), dist.group.WORLD, layers=specs)

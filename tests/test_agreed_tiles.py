@@ -71,7 +71,7 @@ def test_the_heaviest_swiglu_with_16_bit_rows_is_measured() -> None:
 
 def test_without_a_gpu_nothing_is_measured() -> None:
     with mock.patch("feplb.agreed_tiles._milliseconds") as measured:
-        tiles = agree_on_tiles(Peers(None), BalancerConfig(), NARROW, torch.device("cpu"))
+        tiles = agree_on_tiles(Peers(None), BalancerConfig(tiles="measure"), NARROW, torch.device("cpu"))
     assert tiles is None
     assert not measured.called
 
@@ -79,8 +79,8 @@ def test_without_a_gpu_nothing_is_measured() -> None:
 @pytest.mark.parametrize(
     ("config", "layers", "why"),
     [
-        ({"tiles": "default"}, NARROW, r'tiles="default"'),
-        ({}, PLAIN, "no SwiGLU with 16-bit rows"),
+        ({}, NARROW, r'tiles="default"'),
+        ({"tiles": "measure"}, PLAIN, "no SwiGLU with 16-bit rows"),
     ],
 )
 def test_the_default_is_taken_where_asked_for_and_said(
