@@ -62,7 +62,8 @@ void Domain::check_pattern(int src, std::vector<std::byte>& buffer) {
     if (buffer[i] == expected) continue;
     failure_.poison(cat("byte ", i, " of rank ", board_.global_rank(src), "'s pattern is ",
                         static_cast<int>(buffer[i]), ", expected ", static_cast<int>(expected),
-                        ": this lane does not carry data"));
+                        ": this lane does not carry data. On GPUs try copy_call=\"plain\", "
+                        "flag_call=\"copy\" or another arena_handle, and ask `feplb doctor`"));
     check_failure(kProvingLane);
   }
 }
