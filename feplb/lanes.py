@@ -200,11 +200,15 @@ class CopyEngineLane:
         if self._way == "vmm":
             self._share_descriptors(peers, domain, name, num_bytes, deadline_s)
             return
-        is_ipc = self._way == "ipc"
-        said = peers.together(self._own.export_ipc if is_ipc else self._own.export_fabric)
-        handles = [said[rank] for rank in domain.group_ranks]
-        opener = self.core.open_ipc if is_ipc else self.core.open_fabric
-        peers.together(lambda: self._open(domain, handles, num_bytes, opener))
+        if self._way == "fabric":
+            said = peers.together(self._own.export_fabric)
+            handles = [said[rank] for rank in domain.group_ranks]
+            peers.together(lambda: self._open(domain, handles, num_bytes, self.core.open_fabric))
+            return
+        named = peers.together(lambda: (os.getpid(), self._own.export_ipc()))
+        _refuse_threads([named[rank][0] for rank in domain.group_ranks], domain.global_ranks)
+        handles = [named[rank][1] for rank in domain.group_ranks]
+        peers.together(lambda: self._open(domain, handles, num_bytes, self.core.open_ipc))
 
     def _share_descriptors(
         self, peers: Peers, domain: DomainRanks, name: str, num_bytes: int, deadline_s: float
@@ -259,6 +263,17 @@ class CopyEngineLane:
     def arenas(self, open_segment: OpenSegment, domain: DomainRanks, num_bytes: int) -> list[Any]:
         opened, self._opened, self._own = self._opened, [], None
         return opened
+
+
+def _refuse_threads(pids: Sequence[int], global_ranks: Sequence[int]) -> None:
+    for b, pid in enumerate(pids):
+        a = pids.index(pid)
+        if a != b:
+            raise ValueError(
+                f"ranks {global_ranks[a]} and {global_ranks[b]} are threads of one process ({pid}) "
+                "and arenas go as CUDA IPC handles, which cannot be opened in the process that "
+                "made them. Set arena_handle='vmm', or give each rank a process of its own."
+            )
 
 
 class _Sockets:

@@ -244,12 +244,12 @@ def warm_up(spec: LayerSpec) -> None:
 _WARM: set[LayerSpec] = set()
 
 
-def build(specs: Sequence[LayerSpec] = PLAIN, **config: Any) -> Balancer:
-    """A Balancer over all ranks of the process group."""
+def build(specs: Sequence[LayerSpec] = PLAIN, *, group: Any = None, **config: Any) -> Balancer:
+    """A Balancer over all ranks of the process group, or of ``group``."""
     config.setdefault("deadline_s", DEADLINE_S)
     for spec in specs if on_gpu() else ():
         warm_up(spec)
-    return Balancer(BalancerConfig(**config), dist.group.WORLD, layers=specs)
+    return Balancer(BalancerConfig(**config), group or dist.group.WORLD, layers=specs)
 
 
 def resources_in_use(*, num_threads: int | None = None) -> dict[str, Any]:
@@ -343,29 +343,43 @@ class Outcome:
     error: str = ""
 
 
+def run_case(rank: int, num_ranks: int, case: Case, **config: Any) -> Outcome:
+    """Both programs, each with a Balancer of its own; collective."""
+    try:
+        expected, _ = run_arm(
+            rank, num_ranks, case.specs, case.expected_policy, case.expected or case.seen, **config
+        )
+        seen, num_moves = run_arm(
+            rank, num_ranks, case.specs, case.seen_policy, case.seen, **case.config, **config
+        )
+    except Exception:
+        return Outcome([], 0, traceback.format_exc())
+    return Outcome(differences(seen, expected), num_moves)
+
+
 def _run_cases(rank: int, num_ranks: int, cases: Mapping[str, Case]) -> dict[str, Outcome]:
-    """Every case with Balancers of its own; one that raises does not disturb the next."""
+    """Case after case; one that raises does not disturb the next."""
     outcomes: dict[str, Outcome] = {}
     for name, case in cases.items():
-        try:
-            expected, _ = run_arm(
-                rank, num_ranks, case.specs, case.expected_policy, case.expected or case.seen
-            )
-            seen, num_moves = run_arm(
-                rank, num_ranks, case.specs, case.seen_policy, case.seen, **case.config
-            )
-            outcomes[name] = Outcome(differences(seen, expected), num_moves)
-        except Exception:
-            outcomes[name] = Outcome([], 0, traceback.format_exc())
+        outcomes[name] = run_case(rank, num_ranks, case)
         dist.barrier()
     return outcomes
 
 
 class Outcomes:
-    """What all ranks found in all cases of a file; one spawn."""
+    """What all ranks found in all cases of a file; one spawn.
 
-    def __init__(self, cases: Mapping[str, Case], num_ranks: int = NUM_RANKS) -> None:
-        self.by_rank = run_ranks(_run_cases, num_ranks, cases, timeout_s=120)
+    ``by_rank`` has them where they were found another way.
+    """
+
+    def __init__(
+        self,
+        cases: Mapping[str, Case],
+        num_ranks: int = NUM_RANKS,
+        *,
+        by_rank: list[dict[str, Outcome]] | None = None,
+    ) -> None:
+        self.by_rank = by_rank or run_ranks(_run_cases, num_ranks, cases, timeout_s=120)
 
     def assert_same_bits(self, name: str, *, moved: bool = True) -> None:
         """Same bits on every rank; and rows did move, else the case shows nothing."""

@@ -32,6 +32,8 @@ from test_balancer_bits import train
 from test_balancer_policies import hot_counts
 from torch import Tensor
 
+from feplb import SwiGLU
+from feplb.compute import ExpertCompute, Saved, Segment, Weights
 from feplb.two_phase import run_experts_locally
 
 STORM_POINTS = ("await_rows", "post_returns", "await_returns")  # a wait lies in the stream
@@ -175,16 +177,54 @@ def caller_stream(name: str) -> Any:
     outer.wait_stream(stream)
 
 
+class RowByRow(ExpertCompute):
+    """SwiGLU of one row at a time: a row's bits do not depend on the rows beside it."""
+
+    def __init__(self) -> None:
+        self._compute = SwiGLU()
+
+    def forward(
+        self, rows: Tensor, row_data: Sequence[Tensor], segments: Sequence[Segment],
+        weights: Weights, **rest: Any,
+    ) -> Saved:  # fmt: skip
+        return self._compute.forward(rows, row_data, one_by_one(segments), weights, **rest)
+
+    def backward_rows(
+        self, grad_out: Tensor, rows: Tensor, row_data: Sequence[Tensor],
+        segments: Sequence[Segment], weights: Weights, saved: Saved, **rest: Any,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        return self._compute.backward_rows(
+            grad_out, rows, row_data, one_by_one(segments), weights, saved, **rest
+        )
+
+    def backward_weights(
+        self, grad_out: Tensor, rows: Tensor, row_data: Sequence[Tensor],
+        segments: Sequence[Segment], saved: Saved, carry: tuple[Tensor, ...], **rest: Any,
+    ) -> None:  # fmt: skip
+        self._compute.backward_weights(
+            grad_out, rows, row_data, one_by_one(segments), saved, carry, **rest
+        )
+
+
+def one_by_one(segments: Sequence[Segment]) -> list[Segment]:
+    return [(row, row + 1, weight) for start, end, weight in segments for row in range(start, end)]
+
+
 def split_rows(arm: Arm, with_weights: bool) -> Bits:
-    """Experts hotter than a rank, in Triton; outputs and grads of rows, and of weights if asked."""
+    """Experts hotter than a rank; outputs and grads of rows, and of weights if asked.
+
+    In Triton on a GPU. Elsewhere its interpreter would take a minute, and is no better than torch
+    at showing that rows go where they belong.
+    """
     from feplb.gpu_compute import TritonSwiGLU
 
+    compute = TritonSwiGLU() if on_gpu() else RowByRow()
     arm.counts = lambda layer=0, step=0: hot_counts(arm, step)  # type: ignore[method-assign]
     bits, shared = Bits(), False
     for step in range(3):
         weights = arm.weights()
         rows, _ = arm.rows(step=step)
-        out = arm.run(rows, weights, step=step, compute=TritonSwiGLU())
+        out = arm.run(rows, weights, step=step, compute=compute)
         record = arm.door.last_call(0)
         assert record is not None
         shared |= bool((record.moves[:, 3] > 0).any())

@@ -125,7 +125,7 @@ def test_whole_experts_have_the_bits_of_none_with_the_librarys_products(bits: Ou
     bits.assert_same_bits("products of the library")
 
 
-def test_split_has_the_outputs_and_row_grads_of_none_with_tritons_products(bits: Outcomes) -> None:
+def test_split_has_the_outputs_and_row_grads_of_none(bits: Outcomes) -> None:
     bits.assert_same_bits("split rows")
 
 
