@@ -6,10 +6,12 @@
 #   make test-stacks   against Megatron-Core 0.16.1 and the names in CuPy, on the CPU
 #   make check   ruff, mypy, clang-format, the walls
 #
+# WORKERS=... is how many processes run tests side by side, each a file at a time (0: this one).
 # PYTHON=... chooses the interpreter. A system torch of 2.8 or newer is used; else the CPU wheel is
 # installed (the plain one brings gigabytes of CUDA).
 
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
@@ -19,6 +21,9 @@ MEGATRON := 0.16.1
 CUPY := 14.2.0
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 HAS_TORCH := -c 'import sys, torch; sys.exit([int(n) for n in torch.__version__.split(".")[:2]] < [2, 8])'
+
+# What a file's tests share is made once.
+SIDE_BY_SIDE := --numprocesses $(WORKERS) --dist loadfile
 
 # Wherever pip has put it.
 CLANG_FORMAT := -c 'from clang_format import clang_format; clang_format()'
@@ -36,13 +41,13 @@ demo: $(VENV)/.demo
 
 # pytest's status 5, no tests ran, is a failure like any other.
 test: $(VENV)/.dev
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 # Not among its requirements: what megatron-core wants beside torch and numpy is for GPUs.
 test-stacks: $(VENV)/.dev
 	@$(PIP) --no-deps 'megatron-core==$(MEGATRON)' packaging \
 		'cupy-cuda12x==$(CUPY)' 'cuda-bindings==12.9.*' cuda-pathfinder
-	$(RUN) -m pytest $(ARGS) -W ignore tests/stacks
+	$(RUN) -m pytest $(SIDE_BY_SIDE) $(ARGS) -W ignore tests/stacks
 
 check: $(VENV)/.dev
 	$(RUN) -m ruff check .

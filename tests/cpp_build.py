@@ -4,6 +4,7 @@ flags or the content of a file it includes have changed.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "feplb" / "csrc"
 BUILD = ROOT / "build"
+NUM_JOBS = 2  # of the compiler at a time
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-pthread"]
 
 
@@ -31,14 +33,16 @@ def compile_to(made: Path, source: Path, flags: list[str]) -> Path:
     """Compile one source file to ``made`` unless that is up to date."""
     made.parent.mkdir(parents=True, exist_ok=True)
     stamp, deps = made.with_suffix(".sha256"), made.with_suffix(".d")
-    if made.exists() and stamp.exists() and stamp.read_text() == fingerprint(flags, deps):
-        return made
-    # Under another name until it is whole: a process that has the old one open keeps it.
-    unfinished = made.with_suffix(f".{os.getpid()}")
-    command = ["g++", *flags, "-MMD", "-MF", str(deps), "-o", str(unfinished), str(source)]
-    subprocess.run(command, check=True, cwd=ROOT)
-    unfinished.replace(made)
-    stamp.write_text(fingerprint(flags, deps))
+    with made.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of all processes that test, one compiles it
+        if made.exists() and stamp.exists() and stamp.read_text() == fingerprint(flags, deps):
+            return made
+        # Under another name until it is whole: a process that has the old one open keeps it.
+        unfinished = made.with_suffix(f".{os.getpid()}")
+        command = ["g++", *flags, "-MMD", "-MF", str(deps), "-o", str(unfinished), str(source)]
+        subprocess.run(command, check=True, cwd=ROOT)
+        unfinished.replace(made)
+        stamp.write_text(fingerprint(flags, deps))
     return made
 
 

@@ -15,10 +15,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from cpp_build import BUILD, CORE, FLAGS, ROOT, compile_object
+from cpp_build import BUILD, CORE, FLAGS, NUM_JOBS, ROOT, compile_object
 
 TESTS = ROOT / "tests" / "cpp"
-NUM_JOBS = 2  # of the compiler at a time
 HARNESS = ["main", "ranks", "gpu_ranks", "scenario", "call_tensors", "rank_program"]
 STAND_IN = ROOT / "tests" / "driver" / "stand_in.cpp"
 

@@ -14,10 +14,12 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from cpp_build import BUILD, FLAGS, NUM_JOBS, compile_object
 
 SOURCES = Path(__file__).parent / "protocol"
 
@@ -261,12 +263,13 @@ class ModelProgram:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelProgram:
-    compiler = shutil.which("g++")
-    assert compiler is not None, "the protocol model needs g++"
+    assert shutil.which("g++") is not None, "the protocol model needs g++"
     path = tmp_path_factory.mktemp("protocol") / "model"
-    sources = sorted(str(source) for source in SOURCES.glob("*.cpp"))
-    flags = ["-O2", "-std=c++17", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run([compiler, *flags, *sources, "-o", str(path)], check=True, timeout=600)
+    flags, folder = [*FLAGS, "-O2"], BUILD / "tests-protocol"
+    with ThreadPoolExecutor(NUM_JOBS) as pool:
+        sources = sorted(SOURCES.glob("*.cpp"))
+        objects = list(pool.map(lambda source: compile_object(source, flags, folder), sources))
+    subprocess.run(["g++", *flags, *map(str, objects), "-o", str(path)], check=True)
     return ModelProgram(path)
 
 
