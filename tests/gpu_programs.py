@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import gc
 import os
+import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +39,15 @@ from feplb.compute import ExpertCompute, Saved, Segment, Weights
 from feplb.two_phase import run_experts_locally
 
 STORM_POINTS = ("await_rows", "post_returns", "await_returns")  # a wait lies in the stream
+# What one call asks of its core, begin and check() apart.
+PROTOCOL_STEPS = (
+    "wait_plan", "post_rows", "await_rows", "release_weights", "release_rows", "post_returns",
+    "await_returns", "release_returns", "finish", "await_grad_outbox", "post_grads", "await_grads",
+    "release_grads",
+)  # fmt: skip
+MOST_LATE_S = 0.003
+CLOCK_HZ = 1.7e9  # about a GPU's
+RUN_AHEAD_CALLS, RUN_AHEAD_S = 6, 0.05
 MORE_THAN_A_QUEUE = 1500  # a stream holds about a thousand launches
 NOTHING = """
 .version 7.0
@@ -116,36 +127,98 @@ class Storm:
             self.scratch.add_(1)
 
 
-class StormyCore:
-    """A rank's C++ core; a storm breaks loose wherever a device wait has just been enqueued."""
+def nothing() -> None:
+    """What happens where nothing does."""
 
-    def __init__(self, core: Any, storm: Callable[[], None]) -> None:
-        self._core, self._storm = core, storm
-        self.storms = 0
+
+class DisturbedCore:
+    """A rank's C++ core; something happens before and after its steps of these names."""
+
+    def __init__(
+        self,
+        core: Any,
+        steps: Sequence[str],
+        *,
+        before: Callable[[], None] = nothing,
+        after: Callable[[], None] = nothing,
+    ) -> None:
+        self._core, self._steps, self._before, self._after = core, steps, before, after
+        self.times = 0
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._core, name)
-        if name not in STORM_POINTS:
+        if name not in self._steps:
             return method
 
-        def and_then(*args: Any) -> Any:
+        def disturbed(*args: Any) -> Any:
+            self._before()
             result = method(*args)
-            self._storm()
-            self.storms += 1
+            self._after()
+            self.times += 1
             return result
 
-        return and_then
+        return disturbed
 
 
 def train_in_a_storm(arm: Arm, storm: str) -> Bits:
     """Three steps; every rank has a storm at every point of every call."""
     if arm.balancer is None:
         return train(arm, True, True, True, num_steps=3)
-    core = StormyCore(arm.balancer.domain.core, getattr(Storm(), storm))
+    core = DisturbedCore(arm.balancer.domain.core, STORM_POINTS, after=getattr(Storm(), storm))
     arm.balancer.domain.core = core
     bits = train(arm, True, True, True, num_steps=3)
-    assert core.storms == 3 * 2 * len(STORM_POINTS)
+    assert core.times == 3 * 2 * len(STORM_POINTS)
     return bits
+
+
+class Dawdler:
+    """Takes its time at random: this thread, or the compute stream, which it then runs ahead of."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+
+    def __call__(self) -> None:
+        choice = self._random.randrange(4)
+        if choice == 0:
+            time.sleep(self._random.uniform(0, MOST_LATE_S))
+        elif choice == 1 and on_gpu():
+            torch.cuda._sleep(self._random.randrange(round(MOST_LATE_S * CLOCK_HZ)))
+
+
+def train_with_delays(arm: Arm, num_steps: int) -> Bits:
+    """Every rank is late in its own way, before and after every step of the protocol."""
+    if arm.balancer is None:
+        return train(arm, True, True, True, num_steps=num_steps)
+    late = Dawdler(arm.rank)
+    core = DisturbedCore(arm.balancer.domain.core, PROTOCOL_STEPS, before=late, after=late)
+    arm.balancer.domain.core = core
+    bits = train(arm, True, True, True, num_steps=num_steps)
+    assert core.times >= 2 * num_steps * len(STORM_POINTS) * len(arm.specs)
+    return bits
+
+
+def run_ahead(arm: Arm, fence: str) -> str:
+    """Calls that a rank makes while its GPU sleeps, so that movers withhold what they push.
+
+    In the last one device memory is freed wherever a wait lies in the stream. ``fence`` is taken
+    out, if named.
+    """
+    if fence:
+        import fenced_core
+
+        fenced_core.take_out(fence)
+    weights = arm.weights(grad=False)
+    rows = [arm.rows(step=step, grad=False)[0] for step in range(RUN_AHEAD_CALLS)]
+    core = DisturbedCore(arm.door.domain.core, STORM_POINTS, after=Storm().free)
+    for step, of_step in enumerate(rows):
+        if on_gpu():
+            torch.cuda._sleep(round(RUN_AHEAD_S * CLOCK_HZ))
+        if step == RUN_AHEAD_CALLS - 1:
+            arm.door.domain.core = core
+        with torch.no_grad():
+            arm.run(of_step, weights, step=step)
+    arm.check()
+    return f"{core.times} storms"
 
 
 # ------------------------------------------------------------------------------ streams, splitting

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import strategies as st
+from properties import st
 from torch import Tensor
 
 from feplb.kernels.tiles import HOPPER, INTERPRETER, SINGLE_PRECISION, TileConfig

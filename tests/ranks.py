@@ -214,6 +214,10 @@ def _run_rank(call: _Call, rank_idx: int, connection: Connection) -> None:
         import cupy_stand_in
 
         cupy_stand_in.install()
+    if "STAND_IN_CORE" in os.environ:
+        import fenced_core
+
+        fenced_core.install()
     with _stack_file(call.folder, rank_idx).open("w") as stacks:
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         connection.send(_call_fn(call, rank_idx))

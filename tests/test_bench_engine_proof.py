@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import json
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -244,3 +245,14 @@ def test_a_copy_that_does_not_arrive_is_an_error_in_time(memory: Any) -> None:
 def test_copies_of_a_stream_without_ranks_name_no_peers(memory: Any) -> None:
     with pytest.raises(ValueError, match="has no ranks"):
         _core.CopyStream(library=memory[0], ordinal=0, copy_call="peer")
+
+
+@pytest.mark.gpu
+def test_engines_carry_what_crosses_the_edge_of_this_gpu() -> None:
+    """Within it the table says what was seen: an engine, or SMs."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    command = [sys.executable, str(Path(bench.__file__)), "--quick"]
+    seen = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    print(seen.stdout)
+    assert seen.returncode == 0, seen.stdout + seen.stderr

@@ -14,8 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from properties import given, settings, st
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, silu

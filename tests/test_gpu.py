@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fenced_core
 import gpu_programs
 import pytest
 import torch
@@ -80,6 +81,11 @@ CASES = {
     "products of the library": Case(with_torch_products, MIXED),
     "split rows": Case(SPLIT, seen_policy="split"),
     "split again": Case(SPLIT_ALL, seen_policy="split", expected_policy="split"),
+    "delays": Case(
+        functools.partial(gpu_programs.train_with_delays, num_steps=6),
+        MIXED,
+        expected_policy="local",
+    ),
     "streams": Case(
         functools.partial(gpu_programs.on_streams, names=STREAMS),
         expected=functools.partial(gpu_programs.on_streams, names=("default",) * 4),
@@ -137,6 +143,10 @@ def test_the_caller_may_run_on_streams_of_its_own(bits: Outcomes) -> None:
     bits.assert_same_bits("streams")
 
 
+def test_ranks_that_are_late_at_every_step_change_no_bit(bits: Outcomes) -> None:
+    bits.assert_same_bits("delays")
+
+
 def test_many_calls_from_one_poisoned_buffer(bits: Outcomes) -> None:
     bits.assert_same_bits("poison")
 
@@ -145,6 +155,7 @@ def test_many_calls_from_one_poisoned_buffer(bits: Outcomes) -> None:
 
 QUEUES = [pytest.param("8", marks=pytest.mark.gpu), pytest.param("1", marks=pytest.mark.gpu)]
 STORMS = ("free", "load", "fill_the_queue")
+LOCK_UP_S = 5.0  # the deadline where ranks do lock up
 
 
 def storm_cases(storms: tuple[str, ...], config: dict[str, Any]) -> dict[str, Case]:
@@ -183,6 +194,38 @@ def test_the_storm_program_runs_on_the_stand_in() -> None:
         Outcomes(storm_cases(("free", "fill_the_queue"), {})).assert_same_bits("free")
 
 
+def calls_ahead(config: dict[str, Any], fence: str = "") -> Reactions:
+    act = functools.partial(gpu_programs.run_ahead, fence=fence)
+    return Reactions({"ahead": Scenario(act, config=config)})
+
+
+def all_ran(reactions: Reactions) -> bool:
+    storms = f"{len(gpu_programs.STORM_POINTS)} storms"
+    return {*reactions.first("ahead")} == {storms} and {*reactions.after("ahead")} == {"same bits"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fence", ["", "handshake"])
+def test_a_storm_locks_up_without_the_handshake(
+    fence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one queue, on a core that is built with switches for its fences."""
+    enter(monkeypatch, "gpu")
+    monkeypatch.setenv("STAND_IN_CORE", str(fenced_core.library()))
+    config = {**with_queues(monkeypatch, "1"), "deadline_s": LOCK_UP_S}
+    reactions = calls_ahead(config, fence)
+    if fence:
+        reactions.assert_closed("ahead", r"RuntimeError: .*\(deadline_s\)")
+    else:
+        assert all_ran(reactions), (reactions.first("ahead"), reactions.after("ahead"))
+
+
+def test_the_program_that_runs_ahead_runs_on_the_stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its compute stream is never behind: a wait enqueued too early cannot lock it up."""
+    enter(monkeypatch, "ce")
+    assert all_ran(calls_ahead({}))
+
+
 # -------------------------------------------------------------------------------------- failures
 
 FALLS = (
@@ -206,12 +249,14 @@ def test_a_killed_rank_is_named_within_two_seconds_while_waits_lie_in_streams(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("queues", ["8", "1"])
 def test_a_stopped_rank_is_named_at_the_deadline_while_waits_lie_in_streams(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    queues: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enter(monkeypatch, "gpu")
+    config = with_queues(monkeypatch, queues)
     fall = Fall(HELPER, "forward", "post_returns", "before", signal.SIGSTOP)
-    fell, survivors = survivors_of(fall, tmp_path)
+    fell, survivors = survivors_of(fall, tmp_path, **config)
     check_survivors(fall, survivors)
     raised = [survivor["raised"] - fell for survivor in survivors]
     assert min(raised) > 0.9 * STOP_DEADLINE_S

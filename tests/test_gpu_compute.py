@@ -13,8 +13,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernel_cases import (
     DTYPES,
     EXAMPLES,
@@ -25,6 +23,7 @@ from kernel_cases import (
     segment_lists,
     tiles_for,
 )
+from properties import given, settings, st
 from test_compute import Case, absolute, make_case, plain
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernel_cases import (
     DTYPES,
     EXAMPLES,
@@ -25,6 +23,7 @@ from kernel_cases import (
     subnormal_step,
     tiles_for,
 )
+from properties import given, settings, st
 from torch import Tensor
 
 from feplb.kernels import segment_tables

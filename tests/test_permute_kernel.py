@@ -7,9 +7,8 @@ from typing import Any, cast
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernel_cases import EXAMPLES, INTERPRETED, on_each_device, same_bits
+from properties import given, settings, st
 from torch import Tensor
 
 from feplb.dispatch import permute as permute_module

@@ -113,11 +113,13 @@ def find(rank: int, num_ranks: int, num_threads: int) -> Found:
         torch.zeros(1, device=device())
         for spec in {spec for case in CASES.values() for spec in case.specs}:
             warm_up(spec)
-    run_rank_threads(open_handles, num_threads)  # what a driver makes once
-    before = resources_in_use(num_threads=0)
     handles = run_rank_threads(open_handles, num_threads)
     outcomes = run_rank_threads(cases_of_a_rank, num_threads, CASES)
     errors = run_rank_threads(raise_in_experts, num_threads)
+    before = resources_in_use(num_threads=0)  # all that a driver opens once is open
+    run_rank_threads(open_handles, num_threads)
+    run_rank_threads(cases_of_a_rank, num_threads, {"peer copies": CASES["peer copies"]})
+    run_rank_threads(raise_in_experts, num_threads)
     after = resources_in_use(num_threads=0)
     return Found(
         outcomes=outcomes,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from kernel_cases import (
     DTYPES,
     EXAMPLES,
@@ -16,6 +14,7 @@ from kernel_cases import (
     same_bits,
     segment_lists,
 )
+from properties import given, settings, st
 from torch import Tensor
 from torch.nn.functional import silu
 
