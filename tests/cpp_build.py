@@ -8,12 +8,14 @@ import fcntl
 import hashlib
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ROOT / "feplb" / "csrc"
 BUILD = ROOT / "build"
 NUM_JOBS = 2  # of the compiler at a time
+FILES_OF_A_UNIT = 7
 FLAGS = ["-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-pthread"]
 
 
@@ -29,7 +31,7 @@ def fingerprint(flags: list[str], depfile: Path) -> str:
     return digest.hexdigest()
 
 
-def compile_to(made: Path, source: Path, flags: list[str]) -> Path:
+def compile_to(made: Path, source: Path, flags: list[str], *, quiet: bool = False) -> Path:
     """Compile one source file to ``made`` unless that is up to date."""
     made.parent.mkdir(parents=True, exist_ok=True)
     stamp, deps = made.with_suffix(".sha256"), made.with_suffix(".d")
@@ -40,7 +42,7 @@ def compile_to(made: Path, source: Path, flags: list[str]) -> Path:
         # Under another name until it is whole: a process that has the old one open keeps it.
         unfinished = made.with_suffix(f".{os.getpid()}")
         command = ["g++", *flags, "-MMD", "-MF", str(deps), "-o", str(unfinished), str(source)]
-        subprocess.run(command, check=True, cwd=ROOT)
+        subprocess.run(command, check=True, cwd=ROOT, capture_output=quiet)
         unfinished.replace(made)
         stamp.write_text(fingerprint(flags, deps))
     return made
@@ -50,3 +52,27 @@ def compile_object(source: Path, flags: list[str], folder: Path) -> Path:
     """Compile `source` unless its object is up to date."""
     made = folder / f"{source.parent.name}_{source.stem}.o"
     return compile_to(made, source, [*flags, "-c"])
+
+
+def compile_together(sources: list[Path], flags: list[str], folder: Path) -> list[Path]:
+    """Objects of all ``sources``, several of which are compiled as one: most of the time goes into
+    what they all include. Files that cannot share a unit, for a name of their own, are compiled
+    apart, and so is what has an error.
+    """
+    num_units = -(-len(sources) // FILES_OF_A_UNIT)
+    parts = [sources[i::num_units] for i in range(num_units)]
+    with ThreadPoolExecutor(NUM_JOBS) as pool:
+        made = list(pool.map(lambda part: _compile_unit(part, flags, folder), parts))
+    return [compiled for objects in made for compiled in objects]
+
+
+def _compile_unit(sources: list[Path], flags: list[str], folder: Path) -> list[Path]:
+    text = "".join(f'#include "{source}"\n' for source in sources)
+    unit = folder / f"unit_{hashlib.sha256(text.encode()).hexdigest()[:12]}.cpp"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not unit.exists():
+        unit.write_text(text)
+    try:
+        return [compile_to(unit.with_suffix(".o"), unit, [*flags, "-c"], quiet=True)]
+    except subprocess.CalledProcessError:
+        return [compile_object(source, flags, folder) for source in sources]

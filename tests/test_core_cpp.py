@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
-from cpp_build import BUILD, CORE, FLAGS, NUM_JOBS, ROOT, compile_object
+from cpp_build import BUILD, CORE, FLAGS, ROOT, compile_together
 
 TESTS = ROOT / "tests" / "cpp"
 HARNESS = ["main", "ranks", "gpu_ranks", "scenario", "call_tensors", "rank_program"]
@@ -60,8 +59,7 @@ def link(sources: list[Path], build: Build, name: str) -> Path:
     """Build the program `name` from `sources`."""
     folder = BUILD / "tests-cpp" / build.name
     flags = [*FLAGS, *build.flags, "-DFEPLB_FENCE_SWITCHES"]
-    with ThreadPoolExecutor(NUM_JOBS) as pool:
-        objects = list(pool.map(lambda source: compile_object(source, flags, folder), sources))
+    objects = compile_together(sources, flags, folder)
     program = folder / name
     if not program.exists() or any(o.stat().st_mtime > program.stat().st_mtime for o in objects):
         # The core finds the driver's functions in the program itself.

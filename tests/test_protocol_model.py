@@ -14,12 +14,11 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cpp_build import BUILD, FLAGS, NUM_JOBS, compile_object
+from cpp_build import BUILD, FLAGS, compile_together
 
 SOURCES = Path(__file__).parent / "protocol"
 
@@ -266,9 +265,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelProgram:
     assert shutil.which("g++") is not None, "the protocol model needs g++"
     path = tmp_path_factory.mktemp("protocol") / "model"
     flags, folder = [*FLAGS, "-O2"], BUILD / "tests-protocol"
-    with ThreadPoolExecutor(NUM_JOBS) as pool:
-        sources = sorted(SOURCES.glob("*.cpp"))
-        objects = list(pool.map(lambda source: compile_object(source, flags, folder), sources))
+    objects = compile_together(sorted(SOURCES.glob("*.cpp")), flags, folder)
     subprocess.run(["g++", *flags, *map(str, objects), "-o", str(path)], check=True)
     return ModelProgram(path)
 
