@@ -4,9 +4,12 @@
 #
 #   bench/gpu.sh                      about eight minutes, few samples
 #   bench/gpu.sh --full               as many samples as the benches think right, no limit overall
-#   bench/gpu.sh --only tests         one part; may be given several times
+#   bench/gpu.sh --only tests         one part, for as long as all together may take; may be given
+#                                     several times
 #   bench/gpu.sh --skip tests         all but that; likewise
 #   bench/gpu.sh --list               the parts, and how long each may take in seconds
+#
+# In slots of ten minutes: first --skip tests, then --only build --only tests.
 #
 # Writes PART.txt and PART.json under bench/results/GPU, named after the GPU. Where $OUT is set, they
 # are packed there as GPU.tar.gz, beside GPU.txt (all output), anew after every part: few files, and
@@ -29,8 +32,9 @@ declare -A seconds=([build]=150 [doctor]=40 [tests]=200 [engine_proof]=60 [gemm_
   [copy_overlap]=60 [layer_emulated]=70 [submit_cost]=60 [grouped_gemm]=50 [permute]=30
   [ep_overhead]=30 [layer_time]=120 [sanitizer]=90)
 # What shows the most; with --full all of them.
-first_tests=(tests/test_gpu.py tests/test_gpu_compute.py tests/test_grouped_gemm.py
-  tests/test_swiglu_kernel.py tests/test_permute_kernel.py tests/test_measure_tiles.py)
+first_tests=(tests/test_gpu_compute.py tests/test_measure_tiles.py tests/test_grouped_gemm.py
+  tests/test_swiglu_kernel.py tests/test_permute_kernel.py tests/test_rank_threads.py
+  tests/test_gpu.py)
 
 refuse() {
   echo "gpu.sh: $1 (see --help)" >&2
@@ -120,6 +124,7 @@ pack() {
 run_part() { # run_part PART: its status
   local limit=${seconds[$1]} left=$((total_s - SECONDS)) status
   if [[ $full ]]; then limit=$((10 * limit)); fi
+  if ((${#only[@]})); then limit=$total_s; fi
   if [[ ! $full ]] && ((left < limit)); then limit=$left; fi
   if ((limit <= 0)); then
     echo "$1: no time was left for it" | tee "$folder/$1.txt"

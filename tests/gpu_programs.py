@@ -283,18 +283,20 @@ def one_by_one(segments: Sequence[Segment]) -> list[Segment]:
     return [(row, row + 1, weight) for start, end, weight in segments for row in range(start, end)]
 
 
-def split_rows(arm: Arm, with_weights: bool) -> Bits:
+def split_rows(
+    arm: Arm, with_weights: bool, *, num_steps: int = 3, interpreted: bool = False
+) -> Bits:
     """Experts hotter than a rank; outputs and grads of rows, and of weights if asked.
 
-    In Triton on a GPU. Elsewhere its interpreter would take a minute, and is no better than torch
-    at showing that rows go where they belong.
+    In Triton on a GPU. Elsewhere only if ``interpreted``: that takes seconds per step, and torch is
+    as good at showing that rows go where they belong.
     """
     from feplb.gpu_compute import TritonSwiGLU
 
-    compute = TritonSwiGLU() if on_gpu() else RowByRow()
+    compute = TritonSwiGLU() if on_gpu() or interpreted else RowByRow()
     arm.counts = lambda layer=0, step=0: hot_counts(arm, step)  # type: ignore[method-assign]
     bits, shared = Bits(), False
-    for step in range(3):
+    for step in range(num_steps):
         weights = arm.weights()
         rows, _ = arm.rows(step=step)
         out = arm.run(rows, weights, step=step, compute=compute)

@@ -34,9 +34,10 @@ int region_half(Region region, uint64_t seq) {
 // A header as it lies in shared memory; the counts follow it.
 struct CountBoard::Slot {
   std::atomic<uint64_t> seq;
-  int32_t kind;
-  int32_t layer;
-  int64_t micro_batch;
+  // Read for messages at any time: what they say may then be of the call after the next.
+  std::atomic<int32_t> kind;
+  std::atomic<int32_t> layer;
+  std::atomic<int64_t> micro_batch;
   uint64_t config_hash;
   uint64_t plan_hash;
   uint32_t grad_bits;
@@ -111,9 +112,9 @@ void CountBoard::publish(int rank, const CallHeader& header) {
   FEPLB_CHECK(static_cast<int>(header.counts.size()) <= max_local_experts_,
               "counts must be <= ", max_local_experts_, ", got ", header.counts.size());
   Slot& target = slot(rank, header.seq);
-  target.kind = static_cast<int32_t>(header.kind);
-  target.layer = header.layer;
-  target.micro_batch = header.micro_batch;
+  target.kind.store(static_cast<int32_t>(header.kind), std::memory_order_relaxed);
+  target.layer.store(header.layer, std::memory_order_relaxed);
+  target.micro_batch.store(header.micro_batch, std::memory_order_relaxed);
   target.config_hash = header.config_hash;
   target.plan_hash = header.plan_hash;
   target.grad_bits = header.grad_bits;
@@ -134,9 +135,9 @@ void CountBoard::read(int rank, uint64_t seq, CallHeader& header) const {
   header.seq = source.seq.load(std::memory_order_acquire);
   FEPLB_CHECK(header.seq == seq, "header of rank ", rank, " must be seq ", seq, ", got ",
               header.seq);
-  header.kind = static_cast<CallKind>(source.kind);
-  header.layer = source.layer;
-  header.micro_batch = source.micro_batch;
+  header.kind = static_cast<CallKind>(source.kind.load(std::memory_order_relaxed));
+  header.layer = source.layer.load(std::memory_order_relaxed);
+  header.micro_batch = source.micro_batch.load(std::memory_order_relaxed);
   header.config_hash = source.config_hash;
   header.plan_hash = source.plan_hash;
   header.grad_bits = source.grad_bits;
@@ -148,10 +149,10 @@ std::string CountBoard::last_seen(int rank) const {
   const uint64_t seq = block(rank).last_seq.load(std::memory_order_acquire);
   if (seq == 0) return "no call yet";
   const Slot& source = slot(rank, seq);
-  const auto kind = static_cast<CallKind>(source.kind);
+  const auto kind = static_cast<CallKind>(source.kind.load(std::memory_order_relaxed));
   if (kind == CallKind::kCheck) return "check()";
-  return cat(call_kind_name(kind), " of layer ", source.layer, ", micro-batch ",
-             source.micro_batch);
+  return cat(call_kind_name(kind), " of layer ", source.layer.load(std::memory_order_relaxed),
+             ", micro-batch ", source.micro_batch.load(std::memory_order_relaxed));
 }
 
 Flag* CountBoard::inbound(int rank, int src_rank, FlagKind kind) const {
