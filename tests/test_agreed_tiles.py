@@ -71,7 +71,9 @@ def test_the_heaviest_swiglu_with_16_bit_rows_is_measured() -> None:
 
 def test_without_a_gpu_nothing_is_measured() -> None:
     with mock.patch("feplb.agreed_tiles._milliseconds") as measured:
-        tiles = agree_on_tiles(Peers(None), BalancerConfig(tiles="measure"), NARROW, torch.device("cpu"))
+        tiles = agree_on_tiles(
+            Peers(None), BalancerConfig(tiles="measure"), NARROW, torch.device("cpu")
+        )
     assert tiles is None
     assert not measured.called
 
