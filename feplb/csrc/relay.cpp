@@ -112,9 +112,10 @@ CallHeader unpacked(const std::string& body) {
   const auto num_chars = reader.get<uint32_t>();
   const auto num_counts = reader.get<uint32_t>();
   header.error.assign(reader.bytes(num_chars), num_chars);
-  header.counts.resize(num_counts);
   const std::size_t bytes = num_counts * sizeof(int32_t);
-  if (bytes != 0) std::memcpy(header.counts.data(), reader.bytes(bytes), bytes);
+  const char* counts = reader.bytes(bytes);
+  header.counts.resize(num_counts);
+  if (bytes != 0) std::memcpy(header.counts.data(), counts, bytes);
   return header;
 }
 
@@ -162,9 +163,12 @@ std::string Relay::tell(What what, const std::string& body) {
   put(message, Prefix{static_cast<uint32_t>(what), static_cast<uint32_t>(body.size())});
   message += body;
   std::string lost;
+  const auto wait =
+      std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(deadline_s_));
+  const TimePoint deadline = Clock::now() + wait;
   const std::lock_guard<std::mutex> lock(send_mutex_);
   for (std::size_t peer = 0; peer < peers_.size(); ++peer) {
-    const std::string why = send_all(peers_[peer].socket, message);
+    const std::string why = send_all(peers_[peer].socket, message, deadline);
     if (!why.empty() && lost.empty()) {
       lost = cat("rank ", board_.global_rank(static_cast<int>(peer)), " takes no messages: ", why);
     }
@@ -172,10 +176,9 @@ std::string Relay::tell(What what, const std::string& body) {
   return lost;
 }
 
-std::string Relay::send_all(Fd& socket, const std::string& message) {
-  const auto wait =
-      std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(deadline_s_));
-  const TimePoint deadline = Clock::now() + wait;
+// Where only a part is taken, nothing more is sent there: the peer, should it go on, hears an end
+// and takes no other message for the rest.
+std::string Relay::send_all(const Fd& socket, const std::string& message, TimePoint deadline) {
   std::size_t sent = 0;
   while (socket && sent < message.size()) {
     const ssize_t count = send(socket.get(), message.data() + sent, message.size() - sent,
@@ -185,6 +188,7 @@ std::string Relay::send_all(Fd& socket, const std::string& message) {
     } else if (errno != EAGAIN && errno != EINTR) {
       return "";  // the peer is gone, which the relay's thread hears and tells
     } else if (Clock::now() > deadline || stopping_.load()) {
+      shutdown(socket.get(), SHUT_WR);
       return cat("nothing was taken for ", deadline_s_, " s (deadline_s)");
     } else {
       pollfd fd{socket.get(), POLLOUT, 0};
@@ -209,14 +213,16 @@ bool Relay::awaits_release() const {
   return false;
 }
 
+// Every value that the stream writes, and not the last expected one alone: the caller runs ahead of
+// its stream, which may wait for the very rows that a peer pushes once it hears of an earlier one.
 void Relay::tell_releases() {
   bool is_new = false;
   for (std::size_t word = 0; word < kNumWords; ++word) {
-    const Epoch epoch = expected_[word].load();
     const Flag* flag = board_.released(rank_, static_cast<Region>(word / kNumHalves),
                                        static_cast<int>(word % kNumHalves));
-    if (epoch == told_[word] || !epoch_reached(flag->epoch.load(), epoch)) continue;
-    told_[word] = epoch;
+    const Epoch written = flag->epoch.load();
+    if (expected_[word].load() == told_[word] || written == told_[word]) continue;
+    told_[word] = written;
     is_new = true;
   }
   if (!is_new) return;

@@ -60,7 +60,7 @@ class Relay final : public BoardEcho {
 
   // Text of what went wrong with a peer, empty if nothing did.
   std::string tell(What what, const std::string& body);
-  std::string send_all(Fd& socket, const std::string& message);
+  std::string send_all(const Fd& socket, const std::string& message, TimePoint deadline);
   bool awaits_release() const;
   void tell_releases();
   void nap();

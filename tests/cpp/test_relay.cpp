@@ -21,12 +21,12 @@ constexpr double kDeadlineS = 20;
 
 // One rank of two.
 struct Side {
-  Side(int rank, Fd socket)
+  Side(int rank, Fd socket, double deadline_s = kDeadlineS)
       : rank(rank),
         memory(CountBoard::bytes_needed(2, kNumExperts)),
         board(memory.data(), 2, kNumExperts, {8, 9}),
         failure(board, rank, caller),
-        relay(rank, board, failure, sockets_of(rank, std::move(socket)), kDeadlineS,
+        relay(rank, board, failure, sockets_of(rank, std::move(socket)), deadline_s,
               [this](int dead) { failure.poison(cat("rank ", dead, " is gone")); }),
         thread([this] { relay.run(); }) {
     board.echo_to(rank, &relay);
@@ -135,6 +135,32 @@ TEST(relay_tells_a_release_once_the_stream_has_written_it) {
   CHECK_EQ(two.second->board.released(1, kReturnsRegion, 1)->epoch.load(), 0u);
 }
 
+// The caller runs ahead of its stream: it has handed out the release of a later call before the
+// stream has written the one that a peer's mover waits for.
+TEST(relay_tells_a_release_though_a_later_one_is_expected) {
+  Two two;
+  Flag* own = two.first->board.released(0, kWeightsRegion, 0);
+  const Flag* there = two.second->board.released(0, kWeightsRegion, 0);
+  two.first->relay.expect_release(kWeightsRegion, 0, 7);
+  two.first->relay.expect_release(kWeightsRegion, 0, 8);
+  own->epoch.store(7);
+  CHECK(comes_true([&] { return there->epoch.load() == 7; }), "not told");
+  CHECK(stays_false([&] { return there->epoch.load() == 8; }), "told too early");
+  own->epoch.store(8);
+  CHECK(comes_true([&] { return there->epoch.load() == 8; }), "the later one is not told");
+}
+
+// Start-up writes such a word for itself, and puts it back.
+TEST(relay_tells_no_word_that_nobody_released) {
+  Two two;
+  two.first->board.released(0, kRowsRegion, 0)->epoch.store(25);
+  two.first->relay.expect_release(kWeightsRegion, 0, 2);
+  two.first->board.released(0, kWeightsRegion, 0)->epoch.store(2);
+  const CountBoard& there = two.second->board;
+  CHECK(comes_true([&] { return there.released(0, kWeightsRegion, 0)->epoch.load() == 2; }), "no");
+  CHECK_EQ(there.released(0, kRowsRegion, 0)->epoch.load(), 0u);
+}
+
 TEST(relay_tells_of_a_failure_and_nobody_tells_it_back) {
   Two two;
   two.first->failure.poison("out of memory");
@@ -188,6 +214,32 @@ TEST(relay_names_who_sent_what_is_no_message) {
   header.replace(44 + 4, 4, reinterpret_cast<const char*>(&count), 4);
   header += std::string(4 * count, '\0');
   CHECK(begins(said_of(words({1, static_cast<uint32_t>(header.size())}) + header)), "too many");
+  // One that says to have 2^32 - 1 of them is not believed first.
+  header = std::string(48, '\0') + words({0xffffffff});
+  const std::string said = said_of(words({1, static_cast<uint32_t>(header.size())}) + header);
+  CHECK(begins(said) && said.find("a message of 52 bytes ends early") != said.npos, said);
+}
+
+// A peer that takes nothing: what it was not sent in whole is the last that it is sent.
+TEST(relay_sends_nothing_behind_half_a_message) {
+  int ends[2];
+  CHECK_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, ends), 0);
+  const Fd peer(ends[0]);
+  Side side(1, Fd(ends[1]), 0.2);
+  uint64_t seq = 0;
+  while (!side.failure.poisoned()) side.board.publish(1, header_of(++seq));
+  const std::string text = side.failure.text();
+  CHECK(text.rfind("rank 8 takes no messages: nothing was taken for 0.2 s", 0) == 0, text);
+  side.board.set_state(1, RankState::kClosed);
+  std::size_t sent = 0;
+  ssize_t count = 0;
+  char buffer[4096];
+  while ((count = recv(peer.get(), buffer, sizeof(buffer), MSG_DONTWAIT)) > 0) {
+    sent += static_cast<std::size_t>(count);
+  }
+  CHECK_EQ(count, ssize_t{0});  // the end, so that the peer does not wait for the rest
+  const std::size_t message = 8 + 52 + header_of(1).error.size() + 4 * kNumExperts;
+  CHECK(sent >= (seq - 1) * message && sent < seq * message, cat(sent, " of ", seq, " messages"));
 }
 
 TEST(relay_lets_a_forked_child_keep_no_socket) {
