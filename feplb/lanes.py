@@ -248,7 +248,7 @@ class CopyEngineLane:
             peers.together(lambda: check_nvlink(uuids, domain.global_ranks))
             return
         own = uuids[domain.rank]
-        said = peers.gather(read_topology([own]).gpus[0])  # NVML sees this host's GPUs alone
+        said = peers.together(lambda: read_topology([own]).gpus[0])  # NVML sees its own host alone
         gpus = [said[rank] for rank in domain.group_ranks]
         peers.together(lambda: check_fabric(gpus, domain.global_ranks))
 

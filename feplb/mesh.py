@@ -9,29 +9,58 @@ from __future__ import annotations
 
 import contextlib
 import os
+import selectors
 import socket
 import struct
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .config import Environment
 from .peers import DomainRanks, Peers
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _TOKEN_BYTES = 16
 _HELLO = struct.Struct(f"{_TOKEN_BYTES}si")  # the listener's token, the rank that connects
-# A host that has gone without a word is noticed after about ten seconds.
-_KEEPALIVE = {socket.TCP_KEEPIDLE: 2, socket.TCP_KEEPINTVL: 2, socket.TCP_KEEPCNT: 4}
+# A host that has gone without a word is noticed after about ten seconds: where nothing is on its
+# way by keepalive, else by the time that bytes may go without an answer (milliseconds).
+_TCP_OPTIONS = {
+    socket.TCP_NODELAY: 1,
+    socket.TCP_KEEPIDLE: 2,
+    socket.TCP_KEEPINTVL: 2,
+    socket.TCP_KEEPCNT: 4,
+    socket.TCP_USER_TIMEOUT: 8_000,
+}
+# So many strangers may wait at the door before the ranks of a domain.
+_MOST_STRANGERS = 128
 
 
 def own_address(environment: Environment) -> str:
-    """Under which other hosts reach this one: the address that the way to the job's master has."""
+    """Under which other hosts reach this one: the address that the way to the job's master has.
+
+    Raises:
+        RuntimeError: there is no such way, or the master's name is not known.
+    """
     if environment.host_address:
         return environment.host_address
     master = environment.master_address or socket.gethostname()
-    family, kind, _, _, target = socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(target)  # sends nothing: the kernel chooses the interface
-        return str(probe.getsockname()[0])
+    problem: OSError | None = None
+    try:
+        for family, kind, _, _, target in socket.getaddrinfo(master, 1, type=socket.SOCK_DGRAM):
+            try:
+                with socket.socket(family, kind) as probe:
+                    probe.connect(target)  # sends nothing: the kernel chooses the interface
+                    return str(probe.getsockname()[0])
+            except OSError as error:
+                problem = error
+    except OSError as error:
+        problem = error
+    raise RuntimeError(
+        f"this host has no way to {master} (MASTER_ADDR): {problem}. Set FEPLB_HOST_ADDRESS on "
+        "each host to an address that the others reach."
+    )
 
 
 def connect_mesh(
@@ -53,7 +82,7 @@ def connect_mesh(
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             try:
                 listener = socket.create_server(
-                    (address, 0), family=family, backlog=domain.num_ranks
+                    (address, 0), family=family, backlog=domain.num_ranks + _MOST_STRANGERS
                 )
             except OSError as error:
                 raise RuntimeError(
@@ -75,10 +104,7 @@ def connect_mesh(
             for made_socket in sockets.values():
                 made_socket.close()
             raise
-    return [
-        _tuned(sockets[rank]).detach() if rank in sockets else -1
-        for rank in range(domain.num_ranks)
-    ]
+    return [sockets[rank].detach() if rank in sockets else -1 for rank in range(domain.num_ranks)]
 
 
 def _reach(
@@ -91,6 +117,7 @@ def _reach(
         try:
             made[rank] = socket.create_connection((address, port), timeout=deadline_s)
             made[rank].sendall(_HELLO.pack(token, domain.rank))
+            _tune(made[rank])
         except OSError as error:
             for other in made.values():
                 other.close()
@@ -107,37 +134,90 @@ def _reach(
 def _answer(
     domain: DomainRanks, listener: socket.socket, token: bytes, deadline_s: float
 ) -> dict[int, socket.socket]:
-    """Take the connection of every rank above this one; others are turned away."""
+    """Take the connection of every rank above this one.
+
+    Others are turned away; whoever says nothing keeps nobody waiting.
+    """
     made: dict[int, socket.socket] = {}
+    missing = set(range(domain.rank + 1, domain.num_ranks))
     until = time.monotonic() + deadline_s
     try:
-        while len(made) < domain.num_ranks - 1 - domain.rank:
-            listener.settimeout(max(until - time.monotonic(), 0.001))
-            caller, _ = listener.accept()
-            caller.settimeout(max(until - time.monotonic(), 0.001))
-            hello = caller.recv(_HELLO.size, socket.MSG_WAITALL)
-            said, rank = _HELLO.unpack(hello) if len(hello) == _HELLO.size else (b"", -1)
-            if said == token and domain.rank < rank < domain.num_ranks and rank not in made:
-                made[rank] = caller
-            else:
-                caller.close()
+        with _Door(listener) as door:
+            while missing:
+                if time.monotonic() >= until:
+                    raise TimeoutError("timed out")
+                for caller, hello in door.callers(until - time.monotonic()):
+                    said, rank = _HELLO.unpack(hello)
+                    if said == token and rank in missing:
+                        made[rank] = caller
+                        missing.remove(rank)
+                        _tune(caller)
+                    else:
+                        caller.close()
     except OSError as error:
         for other in made.values():
             other.close()
-        missing = sorted(set(range(domain.rank + 1, domain.num_ranks)) - set(made))
         raise RuntimeError(
-            f"rank {domain.global_ranks[missing[0]]} has not connected within {deadline_s} s "
-            f"(deadline_s): {error}. Its host must reach {listener.getsockname()[0]}; set "
-            "FEPLB_HOST_ADDRESS on each host to an address that the others reach."
+            f"rank {domain.global_ranks[min(missing, default=domain.rank)]} has not connected "
+            f"within {deadline_s} s (deadline_s): {error}. Its host must reach "
+            f"{listener.getsockname()[0]}; set FEPLB_HOST_ADDRESS on each host to an address that "
+            "the others reach."
         ) from error
     return made
 
 
-def _tuned(connection: socket.socket) -> socket.socket:
+class _Door:
+    """Those who have connected to a listener, until they have said who they are."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener = listener
+        self._listener.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._heard: dict[socket.socket, bytes] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._selector.close()
+        for caller in self._heard:
+            caller.close()
+
+    def callers(self, timeout_s: float) -> list[tuple[socket.socket, bytes]]:
+        """Those who have said all of a hello, each the caller's from here on, and the hello."""
+        found = []
+        for key, _ in self._selector.select(max(timeout_s, 0.0)):
+            if key.fileobj is self._listener:
+                self._let_in()
+                continue
+            caller = key.fileobj
+            assert isinstance(caller, socket.socket)
+            more = b""
+            with contextlib.suppress(ConnectionError):
+                more = caller.recv(_HELLO.size - len(self._heard[caller]))
+            self._heard[caller] += more
+            if more and len(self._heard[caller]) < _HELLO.size:
+                continue
+            self._selector.unregister(caller)
+            hello = self._heard.pop(caller)
+            if more:
+                found.append((caller, hello))
+            else:
+                caller.close()
+        return found
+
+    def _let_in(self) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):  # gone already
+            caller, _ = self._listener.accept()
+            caller.setblocking(False)
+            self._selector.register(caller, selectors.EVENT_READ)
+            self._heard[caller] = b""
+
+
+def _tune(connection: socket.socket) -> None:
     """Small messages go at once, and a silent end is noticed."""
     connection.setblocking(False)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE.items():
+    for option, value in _TCP_OPTIONS.items():
         connection.setsockopt(socket.IPPROTO_TCP, option, value)
-    return connection

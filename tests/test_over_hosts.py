@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from balancer_scenarios import attempt, call_and_check
 from ranks import run_ranks
 from test_ce_lane import Heard, on_a_machine_of_its_own, train
 
-from feplb import mesh, peers
+from feplb import connect, mesh, peers
 from feplb.config import read_environment
 from feplb.links import check_fabric
 from feplb.observe.nvlink import Fabric, Gpu
@@ -276,24 +277,98 @@ def test_what_a_domain_over_hosts_needs_is_said(lacking: list[dict[str, str]], n
         assert re.match(LACKS[name][2], of_rank[name], re.DOTALL), of_rank[name]
 
 
-def meet_strangers(rank: int, num_ranks: int) -> bool:
-    """Somebody else connects first, and says nothing of use."""
-    real = mesh._answer
+def meet_strangers(rank: int, num_ranks: int) -> tuple[bool, int]:
+    """Others connect first: most say nothing, one goes at once, one says nothing of use."""
+    strangers: list[socket.socket] = []
+    real = socket.create_server
 
-    def answer(domain: Any, listener: socket.socket, *rest: Any) -> Any:
-        with socket.create_connection(listener.getsockname()[:2]) as stranger:
-            stranger.sendall(b"GET / HTTP/1.1\r\nHost: example\r\n\r\n")
-            return real(domain, listener, *rest)
+    def create_server(*args: Any, **options: Any) -> socket.socket:
+        listener = real(*args, **options)
+        for _ in range(8):
+            stranger = socket.socket(listener.family)
+            stranger.setblocking(False)
+            stranger.connect_ex(listener.getsockname())
+            strangers.append(stranger)
+        strangers[0].send(b"GET / HTTP/1.1\r\nHost: example\r\n\r\n")
+        strangers[1].send(b"GET /")
+        strangers[2].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        strangers.pop(2).close()
+        return listener
 
-    mesh._answer = answer
+    socket.create_server = create_server
+    arm = build_and_call(rank, num_ranks, deadline_s=5.0)
+    assert arm.balancer is not None
+    arm.balancer.close()
+    turned_away = 0
+    for stranger in strangers:
+        stranger.settimeout(5)
+        with contextlib.suppress(ConnectionResetError):
+            assert stranger.recv(1) == b""
+        turned_away += 1
+    return True, turned_away
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_strangers_at_the_door_are_turned_away(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEPLB_HOST_ADDRESS", address)
+    assert run_ranks(meet_strangers, 3) == [(True, 7)] * 3
+
+
+def see_sockets(rank: int, num_ranks: int) -> list[dict[str, int]]:
+    """Options of the sockets that the core is given."""
+    real = mesh.connect_mesh
+    seen = []
+
+    def connect_mesh(*args: Any) -> list[int]:
+        fds = real(*args)
+        for fd in fds[:rank] + fds[rank + 1 :]:
+            with socket.socket(fileno=os.dup(fd)) as one:
+                options = {
+                    name: one.getsockopt(socket.IPPROTO_TCP, getattr(socket, name))
+                    for name in ("TCP_NODELAY", "TCP_USER_TIMEOUT", "TCP_KEEPIDLE")
+                }
+                options["SO_KEEPALIVE"] = one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                seen.append({**options, "blocks": int(os.get_blocking(fd))})
+        return fds
+
+    vars(connect)["connect_mesh"] = connect_mesh
     arm = build_and_call(rank, num_ranks)
     assert arm.balancer is not None
     arm.balancer.close()
-    return True
+    return seen
 
 
-def test_strangers_at_the_door_are_turned_away() -> None:
-    assert run_ranks(meet_strangers, 3) == [True] * 3
+def test_a_host_without_a_word_is_noticed_whether_or_not_something_is_on_its_way() -> None:
+    # Keepalive does not ask while sent bytes are without an answer; that has a time of its own.
+    for sockets in run_ranks(see_sockets, 3):
+        assert len(sockets) == 2
+        for options in sockets:
+            assert options["TCP_NODELAY"] == options["SO_KEEPALIVE"] == 1
+            assert options["blocks"] == 0
+            assert 0 < options["TCP_USER_TIMEOUT"] <= 10_000  # milliseconds
+            assert 0 < options["TCP_KEEPIDLE"] <= 10  # seconds
+
+
+def test_a_master_that_nothing_is_known_of_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "no.such.host.invalid")
+    with pytest.raises(RuntimeError, match=r"no\.such\.host\.invalid.*Set FEPLB_HOST_ADDRESS"):
+        mesh.own_address(read_environment())
+
+
+def test_a_master_that_one_protocol_does_not_reach_is_tried_by_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def resolve(_host: str, port: int, **_: Any) -> list[Any]:
+        kind = socket.SOCK_DGRAM
+        return [
+            (socket.AF_INET6, kind, 17, "", ("not an address", port, 0, 0)),
+            (socket.AF_INET, kind, 17, "", ("127.0.0.1", port)),
+        ]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    assert mesh.own_address(read_environment()) == "127.0.0.1"
 
 
 def test_the_address_is_the_one_that_is_set_or_the_way_to_the_master(
