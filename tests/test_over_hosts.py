@@ -251,30 +251,67 @@ LACKS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
         {"FEPLB_HOST_ADDRESS": "192.0.2.1"}, {},
         r"RuntimeError: (rank \d could not build its Balancer: )?.*FEPLB_HOST_ADDRESS=192\.0\.2\.1",
     ),
+    "memory behind the sockets": (
+        {"STAND_IN_FAIL": "cuMemHostRegister:2"}, {},
+        r"RuntimeError: .*pinning .* bytes of the count board",
+    ),
 }  # fmt: skip
 
 
-def lack(rank: int, num_ranks: int, folder: str) -> dict[str, str]:
-    go_to_host(rank, 1)
+def lack(rank: int, num_ranks: int, folder: str) -> dict[str, tuple[str, list[str]]]:
+    """What each lack is called, and of what this process then holds more or less than before."""
     given = dict(os.environ)
+    arm = build_and_call(rank, num_ranks)
+    assert arm.balancer is not None
+    arm.balancer.close()
     found = {}
     for name, (variables, config, _) in LACKS.items():
         on_a_machine_of_its_own(folder, rank, {"STAND_IN_HAS_FABRIC": "1", **variables})
-        found[name] = attempt(lambda config=config: build(**config))
+        before = resources_in_use(num_threads=0)
+        said = attempt(lambda config=config: build(**config))
+        after = resources_in_use(num_threads=0)
+        found[name] = said, [what for what in before if before[what] != after[what]]
         os.environ.clear()
         os.environ.update(given)
     return found
 
 
 @pytest.fixture(scope="module")
-def lacking(fabric_machine: None, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def lacking(
+    fabric_machine: None, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, tuple[str, list[str]]]]:
     return run_ranks(lack, 2, str(tmp_path_factory.mktemp("drivers")))
 
 
 @pytest.mark.parametrize("name", LACKS)
-def test_what_a_domain_over_hosts_needs_is_said(lacking: list[dict[str, str]], name: str) -> None:
+def test_what_a_domain_over_hosts_needs_is_said(
+    lacking: list[dict[str, tuple[str, list[str]]]], name: str
+) -> None:
     for of_rank in lacking:
-        assert re.match(LACKS[name][2], of_rank[name], re.DOTALL), of_rank[name]
+        said, left = of_rank[name]
+        assert re.match(LACKS[name][2], said, re.DOTALL), said
+        assert left == []
+
+
+def lack_alone(rank: int, num_ranks: int, folder: str) -> tuple[str, list[str]]:
+    """Rank 1 cannot build what rank 0 has built, with a relay that runs."""
+    arm = build_and_call(rank, num_ranks)
+    assert arm.balancer is not None
+    arm.balancer.close()
+    before = resources_in_use(num_threads=0)
+    fails = {"STAND_IN_FAIL": "cuMemHostRegister:2"} if rank == 1 else {}
+    on_a_machine_of_its_own(folder, rank, {"STAND_IN_HAS_FABRIC": "1", **fails})
+    said = attempt(build)
+    after = resources_in_use(num_threads=0)
+    return said, [what for what in before if before[what] != after[what]]
+
+
+def test_a_domain_that_one_rank_cannot_build_is_let_go_of_by_the_others(tmp_path: Path) -> None:
+    results = run_ranks(lack_alone, 3, str(tmp_path))
+    for rank, (said, left) in enumerate(results):
+        by = "" if rank == 1 else "rank 1 could not build its Balancer: "
+        assert said.startswith(f"RuntimeError: {by}pinning"), said
+        assert left == []
 
 
 def meet_strangers(rank: int, num_ranks: int) -> tuple[bool, int]:
