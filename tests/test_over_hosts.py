@@ -315,7 +315,7 @@ def test_a_domain_that_one_rank_cannot_build_is_let_go_of_by_the_others(tmp_path
 
 
 def meet_strangers(rank: int, num_ranks: int) -> tuple[bool, int]:
-    """Others connect first: most say nothing, one goes at once, one says nothing of use."""
+    """Others connect first: most say nothing, one goes at once, one is no rank, one would be."""
     strangers: list[socket.socket] = []
     real = socket.create_server
 
@@ -328,6 +328,7 @@ def meet_strangers(rank: int, num_ranks: int) -> tuple[bool, int]:
             strangers.append(stranger)
         strangers[0].send(b"GET / HTTP/1.1\r\nHost: example\r\n\r\n")
         strangers[1].send(b"GET /")
+        strangers[3].send(mesh._HELLO.pack(b"not its token", rank + 1))
         strangers[2].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         strangers.pop(2).close()
         return listener
