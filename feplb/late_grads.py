@@ -32,6 +32,7 @@ class LateGrads:
 
     seq: int
     layer: int
+    micro_batch: int
     sent: tuple[RoutedMove, ...]
     weights: WeightLayout
     sinks: Any
@@ -99,17 +100,28 @@ class _PrepareWeights(Function):
         pending, late.pending = late.pending, None
         if pending is None:
             return (None, None, *grads)
-        results: list[Tensor | None] = []
-        foreign = False
-        for grad, own in zip(grads, pending.grads, strict=True):
-            is_own = grad is not None and own is not None and grad.data_ptr() == own.data_ptr()
-            foreign |= grad is not None and not is_own
-            results.append(grad if is_own or grad is None else grad.clone())
-        if foreign:  # the weights have other uses: what stands there is not zero, so add
-            pending = dataclasses.replace(pending, placed=(False,) * len(pending.placed))
-        pending.add_to(ctx.domain, results)
+        # Nobody would come back for these grads and release their slots: peers would wait for
+        # those until the deadline.
+        with ctx.domain.failing_all(pending.layer, pending.micro_batch, "backward"):
+            results = _with_late(pending, ctx.domain, grads)
         ctx.domain.forget(late)
         return (None, None, *results)
+
+
+def _with_late(
+    pending: LateGrads, domain: DomainCalls, grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """What autograd brought for the prepared weights, and the late grads; blocks, see add_to."""
+    results: list[Tensor | None] = []
+    foreign = False
+    for grad, own in zip(grads, pending.grads, strict=True):
+        is_own = grad is not None and own is not None and grad.data_ptr() == own.data_ptr()
+        foreign |= grad is not None and not is_own
+        results.append(grad if is_own or grad is None else grad.clone())
+    if foreign:  # the weights have other uses: what stands there is not zero, so add
+        pending = dataclasses.replace(pending, placed=(False,) * len(pending.placed))
+    pending.add_to(domain, results)
+    return results
 
 
 def prepare_weights(domain: DomainCalls, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -168,7 +168,9 @@ class _RunExperts(torch.autograd.Function):
         with call.domain.one_caller("backward"), call.domain.own_precision():
             step = _BackwardPass(call, saved, grad_out.contiguous())
             step.run()
-        return (None, None, step.grad_rows, *step.grad_row_data, *step.finish_weights())
+        with call.domain.failing_all(call.layer, saved.micro_batch, "backward"):
+            grad_weights = step.finish_weights()
+        return (None, None, step.grad_rows, *step.grad_row_data, *grad_weights)
 
 
 # ------------------------------------------------------------------------------------- backward
@@ -294,6 +296,7 @@ class _BackwardPass:
             late = LateGrads(
                 seq=self.seq,
                 layer=call.layer,
+                micro_batch=self.saved.micro_batch,
                 sent=self.sent,
                 weights=call.weights,
                 sinks=call.grad_sinks,

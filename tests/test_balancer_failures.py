@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from balancer_cases import NUM_RANKS, TWO_LAYERS, Arm, loss_of
+from balancer_cases import NUM_RANKS, TWO_LAYERS, Arm, flat, loss_of
 from balancer_scenarios import Reactions, Scenario
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -56,6 +56,35 @@ def fail_in(arm: Arm, function: str) -> None:
         loss_of(forward(arm, layer=layer)).backward()
     compute = Failing(function) if arm.rank == BAD_RANK else SwiGLU()
     loss_of(forward(arm, layer=1, compute=compute)).backward()
+    arm.check()
+
+
+def fail_to_add(arm: Arm, prepared: bool) -> None:
+    """As fail_in, but one rank's sinks cannot take what is added to them.
+
+    Prepared: those of the rank's own rows still can; then a hook changes the sinks, before the late
+    grads are added. The rank goes on as if nothing had been, so that peers meet it in every call.
+    """
+    for layer in range(2):
+        loss_of(forward(arm, layer=layer)).backward()
+    weights = arm.weights(1)
+    sinks = [torch.zeros_like(leaf) for leaf in flat(weights)]
+    of_ints = [torch.zeros_like(leaf, dtype=torch.int64) for leaf in flat(weights)]
+    if prepared:
+        weights = arm.door.prepare_weights(weights, layer=1)
+    if arm.rank == BAD_RANK and prepared:
+        weights[0].register_hook(lambda _: sinks.__setitem__(slice(None), of_ints))
+    elif arm.rank == BAD_RANK:
+        sinks = of_ints
+    out = arm.run(arm.rows(1)[0], weights, layer=1, prepared=False, grad_sinks=sinks)
+    errors: list[Exception] = []
+    for work in (lambda: out, *(lambda: forward(arm, layer=1),) * 3):
+        try:
+            loss_of(work()).backward()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
     arm.check()
 
 
@@ -147,6 +176,12 @@ SCENARIOS |= {
     for policy in ("greedy", "none")
 }
 SCENARIOS |= {
+    f"sinks, {form}": Scenario(
+        functools.partial(fail_to_add, prepared=form == "prepared"), TWO_LAYERS
+    )
+    for form in ("prepared", "raw")
+}
+SCENARIOS |= {
     name: Scenario(functools.partial(spoil_after, before=before)) for name, before in BEFORE.items()
 }
 
@@ -168,6 +203,18 @@ def test_error_in_the_experts_of_one_rank_is_raised_on_every_rank(
     patterns[BAD_RANK] = "ZeroDivisionError: experts ran into a wall"
     reactions.assert_closed(f"{function} {policy}", *patterns)
     assert max(reactions.seconds(f"{function} {policy}")) < LATE_S
+
+
+@pytest.mark.parametrize("form", ["prepared", "raw"])
+def test_grads_that_cannot_be_added_end_the_call_on_every_rank(
+    reactions: Reactions, form: str
+) -> None:
+    why = "result type Float can't be cast to the desired output type Long"
+    where = "rank 1: the backward of layer 1, micro-batch 1 raised RuntimeError: "
+    patterns = [f"RuntimeError: .*{where}{why}"] * NUM_RANKS
+    patterns[BAD_RANK] = f"RuntimeError: {why}"
+    reactions.assert_closed(f"sinks, {form}", *patterns)
+    assert max(reactions.seconds(f"sinks, {form}")) < LATE_S
 
 
 def test_absent_rank_ends_the_call_at_the_deadline_and_is_named(reactions: Reactions) -> None:
