@@ -119,19 +119,30 @@ class Copies:
     def with_late_grads(
         self, ends_ms: Sequence[float], ready_ms: Sequence[float], add_ms: float
     ) -> list[float]:
-        """Level 3, after returned(): ends of the ranks, with weight grads that come too late.
+        """Level 3, after returned(): ends of the ranks, with weight grads that hold them up.
+
+        They arrive while the dispatch's backward runs, and are added on the compute stream behind
+        it. It is an all-to-all: no rank is through with it before the slowest has begun it. What
+        comes back is what is left without that window, as if the adds ran before it.
 
         Args:
             ready_ms: when each helper has the weight grads of its received rows.
             add_ms: adding those of one expert at home, measured.
         """
-        costs, added = self._costs, list(ends_ms)
+        costs, ends = self._costs, list(ends_ms)
+        arrived, adds = [0.0] * len(ends), [0] * len(ends)
         for move in self._moves:
             ready = round(ready_ms[move.dst_rank] * PICO_PER_MS)
             arrival = self._call._copy(move.dst_rank, ready, costs.grad_push) / PICO_PER_MS
-            added[move.owner_rank] = max(added[move.owner_rank], arrival) + add_ms
+            arrived[move.owner_rank] = max(arrived[move.owner_rank], arrival)
+            adds[move.owner_rank] += 1
         window = costs.late_window / PICO_PER_MS
-        return [max(end, at - window) for end, at in zip(ends_ms, added, strict=True)]
+        dispatched = max(ends) + window
+        for owner, num_adds in enumerate(adds):
+            if num_adds:
+                added = max(dispatched, arrived[owner]) + num_adds * add_ms
+                ends[owner] = added - window
+        return ends
 
 
 def recovered_pct(none_ms: float, arm_ms: float, ceiling_ms: float) -> float | None:

@@ -6,7 +6,8 @@ wgrad of each), and a copy of as many bytes beside them on the same GPU, for the
 What is modelled: when rows, weights, returns and weight grads arrive (scheduler/cost_model.py, at
 the rates of the GPU's preset); the compute stream waits for those times. Nothing travels.
 
-    layer        the slowest rank; forward, and backward with weight grads added late
+    layer        the slowest rank; forward, and backward with late weight grads, whose arrival the
+                 dispatch's backward hides, but not their adding
     ceiling      each rank's expert sizes scaled to the mean load, nothing copied
     recovered    (none - policy) / (none - ceiling), emulated too
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -82,11 +83,47 @@ def test_late_grads_by_hand_and_as_the_model_has_them() -> None:
     # Helper: its own two rows are 40 ms, of which 2 are kept B; received dgrad 20, wgrad 20.
     home = copies.returned([0.0, 58.0])
     assert home == [60.0, 0.0]
-    # Grads leave at 78, arrive at 85, are added by 88; the window hides 4 of it.
+    # Grads leave at 78 and arrive at 85, a millisecond after the window, are added by 88.
     ends = copies.with_late_grads([80.0, 80.0], [0.0, 78.0], 3.0)
     assert ends == [84.0, 80.0]
     modelled = predict(COUNTS, PLAN, COSTS).backward
     assert modelled.by_rank[0] == 84 * MS
+
+
+def late_ends(
+    plan: Plan, ends: list[float], ready: list[float], window_ms: int, add_ms: float = 3.0
+) -> list[float]:
+    """Of ranks whose grads find every engine idle."""
+    costs = dataclasses.replace(COSTS, late_window=window_ms * MS)
+    counts = np.full((len(ends), 2), 6)
+    return Copies(counts, plan, costs, backward=True).with_late_grads(ends, ready, add_ms)
+
+
+def test_the_window_hides_the_arrival_but_not_the_adds() -> None:
+    # There at 85, while the dispatch's backward runs from 80 until 100; added from 100 on.
+    assert late_ends(PLAN, [80.0, 80.0], [0.0, 78.0], 20) == [83.0, 80.0]
+    # Without a window they are added when they are there.
+    assert late_ends(PLAN, [80.0, 80.0], [0.0, 78.0], 0) == [88.0, 80.0]
+
+
+def test_adds_wait_for_the_dispatch_of_the_slowest_rank() -> None:
+    # Rank 1 is done at 90, so nobody is through with the dispatch's backward before 110.
+    assert late_ends(PLAN, [80.0, 90.0], [0.0, 78.0], 20) == [93.0, 90.0]
+
+
+def test_an_owner_adds_once_the_last_grads_are_there() -> None:
+    plan = Plan.from_moves(
+        [
+            Move(expert_idx=idx, owner_rank=0, dst_rank=dst, row_start=4, row_end=6)
+            for idx, dst in ((0, 1), (1, 2))
+        ]
+    )
+    # There at 27 and 85; the dispatch's backward ends at 84. Two adds.
+    assert late_ends(plan, [80.0, 40.0, 80.0], [0.0, 20.0, 78.0], 4) == [87.0, 40.0, 80.0]
+
+
+def test_ranks_that_move_nothing_add_nothing() -> None:
+    assert late_ends(Plan(), [80.0, 40.0], [0.0, 0.0], 4) == [80.0, 40.0]
 
 
 def test_share_of_the_way_to_the_ceiling() -> None:
