@@ -55,6 +55,25 @@ def test_backward_of_the_worked_example() -> None:
     assert predict([[6], [2]], [ONE_MOVE], adding).backward.by_rank == (92, 80)
 
 
+def test_the_late_window_hides_the_arrival_of_weight_grads_but_not_the_adds() -> None:
+    # There at 86; what runs from 80 until 100 hides that, and the add comes behind it.
+    wide = dataclasses.replace(SIMPLE, late_window=20, grad_add=10)
+    assert predict([[6], [2]], [ONE_MOVE], wide).backward.by_rank == (90, 80)
+
+
+def test_an_owner_adds_weight_grads_when_it_has_all_of_them() -> None:
+    costs = dataclasses.replace(SIMPLE, late_window=2, grad_add=10)
+    moves = [
+        Move(expert_idx=0, owner_rank=0, dst_rank=1, row_start=4, row_end=6),
+        Move(expert_idx=1, owner_rank=0, dst_rank=2, row_start=4, row_end=6),
+    ]
+    # Rank 0 keeps 8 rows, until 160. Rank 1 has its two at 13, wgrad until 53, its grads are there
+    # at 61. Rank 2 computes 6 rows of its own until 116, less B for the 4 rows that rank 0 takes
+    # in, dgrad until 136, wgrad until 156; its grads are there at 164, 2 behind the late window.
+    seen = predict([[6, 6], [0, 0], [6, 0]], moves, costs).backward
+    assert seen.by_rank == (164 - 2 + 2 * 10, 53, 160)
+
+
 def test_received_rows_wait_for_what_the_engine_sends_before_them() -> None:
     slow = dataclasses.replace(SIMPLE, weight_push=50)
     moves = [
@@ -254,8 +273,8 @@ def shares(ep_size: int) -> list[float]:
 
 
 def test_auto_recovers_the_ceiling_of_calibrated_loads() -> None:
-    assert np.mean(shares(8)) >= 0.96
-    assert np.percentile(shares(8), 5) >= 0.94
+    assert np.mean(shares(8)) >= 0.86
+    assert np.percentile(shares(8), 5) >= 0.78
 
 
 # -------------------------------------------------------------------------------------- machines

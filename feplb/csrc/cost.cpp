@@ -151,15 +151,18 @@ class Call {
       s_.home[r] = std::max(s_.home[r], s_.arrived[r] + inbound(s_.inbound[r]));
   }
 
-  // Level 3: weight grads, added beside what runs in the late window.
+  // Level 3: weight grads arrive in the late window; behind it an owner adds all that it has got.
   void add_late() {
-    s_.home = s_.ends;
+    s_.arrived.assign(n_, 0);
+    s_.home.assign(n_, 0);  // from here on: how long the adds take
     for (const Move& move : moves_) {
       const size_t dst = size_t(move.dst_rank), owner = size_t(move.owner_rank);
-      const int64_t arrival = copy(move.dst_rank, s_.computed[dst] + s_.second[dst], c_.grad_push);
-      s_.home[owner] = std::max(s_.home[owner], arrival) + c_.grad_add;
+      const int64_t ready = s_.computed[dst] + s_.second[dst];
+      s_.arrived[owner] = std::max(s_.arrived[owner], copy(move.dst_rank, ready, c_.grad_push));
+      s_.home[owner] += c_.grad_add;
     }
-    for (size_t r = 0; r < n_; ++r) s_.ends[r] = std::max(s_.ends[r], s_.home[r] - c_.late_window);
+    for (size_t r = 0; r < n_; ++r)
+      s_.ends[r] = std::max(s_.ends[r], s_.arrived[r] - c_.late_window) + s_.home[r];
   }
 
   const PlanInput& input_;

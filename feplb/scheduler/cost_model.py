@@ -13,7 +13,7 @@ What is modelled, per rank:
   hiding   level 1 under kept A, the way back under kept B, weight grads until the owner asks for
            them after the dispatch's backward
   core     where a copy thread shares it, copies and GEMMs of a rank take longer by each other
-  at home  placing returned rows; adding weight grads, beside what runs in that window
+  at home  placing returned rows; adding weight grads, behind what runs in that window
 
 Worked example, 2 ranks, one expert each, 6 and 2 rows; 2 of rank 0's rows go to rank 1. A row takes
 10 ps to compute and 1 to copy each way, the weights 5 to copy, all else nothing. Rank 1 holds back
@@ -56,7 +56,8 @@ class UnitCosts:
         row_return, row_return_backward: one output row (grad row) home.
         grad_push: one expert's weight grads home.
         row_place, grad_add: at home, one returned row, one expert's weight grads.
-        late_window: how long after the layer's backward late grads may still be added for nothing.
+        late_window: how long after the layer's backward late grads may still arrive for nothing;
+            adding them takes its time behind it.
         start: from the plan to the first copy.
         copy: of each copy, whatever its size.
         inbound_permille: what a destination takes to take a copy in, in thousandths of what its
@@ -360,10 +361,15 @@ class _Call:
     def _late(
         self, computed: list[int], received: list[tuple[int, int]], ends: list[int]
     ) -> list[int]:
-        """Level 3: weight grads go home and are added when the owner asks for them."""
-        costs, added = self.costs, list(ends)
+        """Level 3: weight grads arrive in the late window; an owner adds all of them behind it."""
+        costs = self.costs
+        arrived, adding = [0] * len(ends), [0] * len(ends)
         for move in self.moves:
             owner, helper = move.owner_rank, move.dst_rank
-            arrival = self._copy(helper, computed[helper] + received[helper][1], costs.grad_push)
-            added[owner] = max(added[owner], arrival) + costs.grad_add
-        return [max(end, at - costs.late_window) for end, at in zip(ends, added, strict=True)]
+            at = self._copy(helper, computed[helper] + received[helper][1], costs.grad_push)
+            arrived[owner] = max(arrived[owner], at)
+            adding[owner] += costs.grad_add
+        return [
+            max(end, at - costs.late_window) + adds
+            for end, at, adds in zip(ends, arrived, adding, strict=True)
+        ]
