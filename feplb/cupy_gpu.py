@@ -77,8 +77,8 @@ class Gpu:
         driver = self.driver
         device = self.ask("opening a GPU", driver.cuDeviceGet(self.ordinal))
         attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
-        answer = driver.cuDeviceGetAttribute(attribute, device)
-        can_flush = self.ask("asking a GPU for an attribute", answer)
+        error, said = driver.cuDeviceGetAttribute(attribute, device)
+        can_flush = int(error) == 0 and bool(said)
         known = driver.CUstreamWaitValue_flags
         at_least = int(known.CU_STREAM_WAIT_VALUE_GEQ)
         return at_least | int(known.CU_STREAM_WAIT_VALUE_FLUSH) if can_flush else at_least

@@ -78,6 +78,11 @@ int DeviceContext::attribute(int which) const {
   return value;
 }
 
+bool DeviceContext::has(int which) const noexcept {
+  int value = 0;
+  return driver_->device_attribute(&value, which, device_) == kSuccess && value != 0;
+}
+
 CurrentContext::CurrentContext(const DeviceContext& context) : driver_(context.driver()) {
   Context current = nullptr;
   driver_.check(driver_.get_current(&current), "asking for the current context");

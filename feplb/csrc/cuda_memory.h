@@ -32,6 +32,8 @@ class DeviceContext {
   int ordinal() const { return ordinal_; }
   Context handle() const { return handle_; }
   int attribute(int which) const;
+  // What the driver does not say of a GPU is what the GPU does not have.
+  bool has(int which) const noexcept;
 
  private:
   std::shared_ptr<const Driver> driver_;

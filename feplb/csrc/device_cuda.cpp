@@ -121,8 +121,7 @@ CudaDevice::CudaDevice(std::shared_ptr<DeviceContext> context, std::byte* board,
     : context_(std::move(context)),
       driver_(context_->shared_driver()),
       options_(std::move(options)),
-      wait_flags_(context_->attribute(kCanFlushRemoteWrites) != 0 ? kWaitAtLeast | kWaitFlush
-                                                                  : kWaitAtLeast),
+      wait_flags_(context_->has(kCanFlushRemoteWrites) ? kWaitAtLeast | kWaitFlush : kWaitAtLeast),
       board_(std::make_unique<PinnedMemory>(context_, board, board_bytes)),
       own_(std::make_unique<PinnedMemory>(context_, marker_.data(), StreamMarker::kBytes)),
       pid_(getpid()) {
