@@ -46,7 +46,7 @@ constexpr int kFabricHandleSupported = 128;
 
 constexpr int kWaitValue32 = 1;
 constexpr int kWriteValue32 = 2;
-constexpr unsigned kWaitAtLeast = 0;  // cyclic: (int32)(*address - value) >= 0
+constexpr unsigned kWaitAtLeast = 0;       // cyclic: (int32)(*address - value) >= 0
 constexpr unsigned kWaitFlush = 1u << 30;  // what came over a bus before the flag is seen behind it
 constexpr unsigned kWriteDefault = 0;
 
