@@ -241,6 +241,9 @@ class BalancerConfig:
         tiles: on GPUs, the grouped GEMM's of 16-bit rows: ``"default"`` (a fixed one),
             ``"measure"`` (every rank times six configurations at start-up, compiling them first,
             and all agree on one: ``Balancer.tiles``).
+        late_stream: on GPUs, add weight grads that come home to ``grad_sinks`` on a stream of their
+            own, beside the dispatch's backward, and not behind it. Needs ``prepare_weights``, and
+            sinks that nothing else reads or writes before its backward.
         allow_single_queue: on GPUs, accept ``CUDA_DEVICE_MAX_CONNECTIONS=1`` without a setting for
             copies: they then wait behind kernels, and little is gained.
     """
@@ -263,6 +266,7 @@ class BalancerConfig:
     gemm_gflops: float | None = None
     lane_gbps: float | None = None
     tiles: str = "default"
+    late_stream: bool = False
     allow_single_queue: bool = False
 
     def __post_init__(self) -> None:
@@ -312,10 +316,11 @@ class BalancerConfig:
 
 
 def check_queues(environment: Environment, config: BalancerConfig) -> None:
-    """Refuse one hardware queue for kernels and copies together.
+    """Refuse one hardware queue for kernels and copies together, or for two streams of kernels.
 
     Raises:
-        ValueError: CUDA_DEVICE_MAX_CONNECTIONS=1 without the setting that gives copies their own.
+        ValueError: CUDA_DEVICE_MAX_CONNECTIONS=1 without the setting that gives copies their own,
+            or with ``late_stream``.
     """
     is_single = environment.cuda_connections == "1"
     has_own = environment.cuda_copy_connections not in (None, "1")
@@ -324,4 +329,10 @@ def check_queues(environment: Environment, config: BalancerConfig) -> None:
         "CUDA_DEVICE_MAX_CONNECTIONS=1 puts kernels and copies into one queue. Set "
         "CUDA_DEVICE_MAX_COPY_CONNECTIONS=8 beside it, before CUDA starts, or pass "
         "BalancerConfig(allow_single_queue=True).",
+    )
+    _require(
+        not is_single or not config.late_stream,
+        "CUDA_DEVICE_MAX_CONNECTIONS=1 puts all streams of kernels into one queue, where "
+        "late_stream=True would hold up the dispatch's backward until weight grads are home. Unset "
+        "one of the two.",
     )

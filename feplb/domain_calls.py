@@ -99,6 +99,7 @@ class DomainCalls:
         self._gemm_gflops = rank_gflops(config, lane.machine)
         self._device = lane.device
         self._gpu = lane.device.index if lane.device.type == "cuda" else None
+        self._side: torch.cuda.Stream | None = None
         self._views: ArenaViews | None = ArenaViews(core, layers, lane.device)
         self._caller = threading.Lock()
         self._closed = False
@@ -328,6 +329,32 @@ class DomainCalls:
         return int(way_back_ns / ns_per_row) + 1
 
     # ------------------------------------------------------------------------ level 3, weight grads
+
+    @property
+    def adds_beside(self) -> bool:
+        """Whether weight grads may be added beside what the compute stream does next."""
+        return self._config.late_stream
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """What is launched inside runs on a stream of its own, behind all that was launched so far.
+
+        The next call of this domain, on whatever stream, comes after it (``bind_compute``); others
+        that use what it writes must ``join_beside`` first. On a CPU everything runs at once.
+        """
+        if self._gpu is None:
+            yield
+            return
+        if self._side is None:
+            self._side = torch.cuda.Stream(self._device)
+        self._side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def join_beside(self) -> None:
+        """The current stream goes on behind what was launched ``beside`` it."""
+        if self._side is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._side)
 
     def announce(self, late: OnItsWay) -> None:
         """Weight grads of a backward call are on their way; ``late`` will fetch them."""

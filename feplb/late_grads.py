@@ -40,13 +40,27 @@ class LateGrads:
     placed: tuple[bool, ...]  # per sent move: the owner computed no row of the expert
     grads: list[Tensor | None]  # what run_experts's backward returned, flat
     private: list[dict[int, Tensor]] | None = None  # per sent move, once taken
+    started: bool = False  # their adds have been launched beside the compute stream
 
     def _await(self, domain: DomainCalls) -> list[dict[int, Tensor]]:
         return domain.await_grads(self.seq, self.layer, self.sent, self.tensors)
 
+    def start(self, domain: DomainCalls) -> None:
+        """Launch the adds beside the compute stream, into sinks that nobody else uses now.
+
+        Into the grads themselves they could not go: autograd may add to those, for other uses of
+        the weights, before ``prepare_weights``'s backward.
+        """
+        assert self.sinks is not None, "only sinks are this call's alone"
+        with domain.beside():
+            self.add_to(domain, self.grads)
+        self.started = True
+
     def take(self, domain: DomainCalls) -> None:
         """Wait for the grads and copy them out of the arena. Blocks until the deadline."""
-        if self.private is None:
+        if self.started:
+            domain.join_beside()
+        elif self.private is None:
             views = self._await(domain)
             self.private = [{t: view[t].clone() for t in self.tensors} for view in views]
             domain.release_grads(self.seq)
@@ -112,6 +126,9 @@ def _with_late(
     pending: LateGrads, domain: DomainCalls, grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """What autograd brought for the prepared weights, and the late grads; blocks, see add_to."""
+    if pending.started:
+        domain.join_beside()
+        return list(grads)
     results: list[Tensor | None] = []
     foreign = False
     for grad, own in zip(grads, pending.grads, strict=True):

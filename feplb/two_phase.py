@@ -305,6 +305,8 @@ class _BackwardPass:
                 grads=self.flat_grads,
             )
             if call.late is not None:
+                if call.grad_sinks is not None and call.domain.adds_beside:
+                    late.start(call.domain)
                 call.late.pending = late
                 call.domain.announce(call.late)
             else:

@@ -208,12 +208,13 @@ def frozen(*tensors: int, rows_need: bool = True, probs_need: bool = True) -> Ca
     return local(freeze, WITH_PROBS, frozen=tensors, rows_need=rows_need, probs_need=probs_need)
 
 
-def sunk(specs: Any, prepared: bool) -> Case:
+def sunk(specs: Any, prepared: bool, **config: Any) -> Case:
     return Case(
         functools.partial(sink_grads, prepared=prepared, dtype=torch.float32),
         specs,
         functools.partial(sum_grads, dtype=torch.float32),
         expected_policy="local",
+        config=config,
     )
 
 
@@ -246,6 +247,8 @@ CASES = {
     "everything frozen": frozen(0, 1, rows_need=False, probs_need=False),
     "fp32 sinks": sunk(PLAIN, prepared=True),
     "fp32 sinks, raw": sunk(PLAIN, prepared=False),
+    "fp32 sinks, beside": sunk(PLAIN, prepared=True, late_stream=True),
+    "fp32 sinks, raw, beside": sunk(PLAIN, prepared=False, late_stream=True),
     "bf16 to fp32 sinks": sunk(BF16, prepared=True),
     "bf16 to fp32 sinks, raw": sunk(BF16, prepared=False),
 }
@@ -329,7 +332,9 @@ def test_backward_runs_where_nothing_needs_grad(outcomes: Outcomes) -> None:
     outcomes.assert_same_bits("everything frozen")
 
 
-@pytest.mark.parametrize("form", ["fp32 sinks", "fp32 sinks, raw"])
+@pytest.mark.parametrize(
+    "form", ["fp32 sinks", "fp32 sinks, raw", "fp32 sinks, beside", "fp32 sinks, raw, beside"]
+)
 def test_grad_sinks_get_the_sums_and_autograd_zeros(outcomes: Outcomes, form: str) -> None:
     outcomes.assert_same_bits(form)
 

@@ -24,6 +24,7 @@ from balancer_scenarios import Reactions, Scenario, attempt
 from conftest import GPU, enter
 from ranks import run_ranks
 from test_balancer_bits import train
+from test_balancer_weight_grads import sunk
 from test_host_kills import (
     HELPER,
     NOTICE_S,
@@ -86,6 +87,7 @@ CASES = {
     "split rows": Case(SPLIT, seen_policy="split"),
     "split again": Case(SPLIT_ALL, seen_policy="split", expected_policy="split"),
     "split rows in Triton": Case(SPLIT_ONCE, seen_policy="split"),
+    "late stream": sunk(PLAIN, prepared=True, late_stream=True),
     "delays": Case(
         functools.partial(gpu_programs.train_with_delays, num_steps=6),
         MIXED,
@@ -143,6 +145,10 @@ def test_split_has_the_outputs_and_row_grads_of_none(bits: Outcomes, case: str) 
 
 def test_split_has_the_same_bits_run_after_run(bits: Outcomes) -> None:
     bits.assert_same_bits("split again")
+
+
+def test_weight_grads_may_come_home_on_a_stream_of_their_own(bits: Outcomes) -> None:
+    bits.assert_same_bits("late stream")
 
 
 def test_the_caller_may_run_on_streams_of_its_own(bits: Outcomes) -> None:
