@@ -98,8 +98,8 @@ def connect_mesh(
         places = [said[rank] for rank in domain.group_ranks]
         sockets: dict[int, socket.socket] = {}
         try:
-            peers.together(lambda: sockets.update(_reach(domain, places, deadline_s)))
-            peers.together(lambda: sockets.update(_answer(domain, listener, token, deadline_s)))
+            peers.together(lambda: _reach(domain, places, deadline_s, sockets))
+            peers.together(lambda: _answer(domain, listener, token, deadline_s, sockets))
         except BaseException:
             for made_socket in sockets.values():
                 made_socket.close()
@@ -108,10 +108,10 @@ def connect_mesh(
 
 
 def _reach(
-    domain: DomainRanks, places: Sequence[tuple[str, int, bytes]], deadline_s: float
-) -> dict[int, socket.socket]:
+    domain: DomainRanks, places: Sequence[tuple[str, int, bytes]], deadline_s: float,
+    made: dict[int, socket.socket],
+) -> None:  # fmt: skip
     """Connect to every rank below this one; who listens need not have answered yet."""
-    made: dict[int, socket.socket] = {}
     for rank in range(domain.rank):
         address, port, token = places[rank]
         try:
@@ -119,8 +119,6 @@ def _reach(
             made[rank].sendall(_HELLO.pack(token, domain.rank))
             _tune(made[rank])
         except OSError as error:
-            for other in made.values():
-                other.close()
             raise RuntimeError(
                 f"rank {domain.global_ranks[domain.rank]} cannot reach rank "
                 f"{domain.global_ranks[rank]} at {address}, port {port}: {error}. They are in one "
@@ -128,17 +126,16 @@ def _reach(
                 "FEPLB_HOST_ADDRESS on each host to an address that the others reach, or give each "
                 "host a FEPLB_DOMAIN of its own."
             ) from error
-    return made
 
 
 def _answer(
-    domain: DomainRanks, listener: socket.socket, token: bytes, deadline_s: float
-) -> dict[int, socket.socket]:
+    domain: DomainRanks, listener: socket.socket, token: bytes, deadline_s: float,
+    made: dict[int, socket.socket],
+) -> None:  # fmt: skip
     """Take the connection of every rank above this one.
 
     Others are turned away; whoever says nothing keeps nobody waiting.
     """
-    made: dict[int, socket.socket] = {}
     missing = set(range(domain.rank + 1, domain.num_ranks))
     until = time.monotonic() + deadline_s
     try:
@@ -155,15 +152,12 @@ def _answer(
                     else:
                         caller.close()
     except OSError as error:
-        for other in made.values():
-            other.close()
         raise RuntimeError(
             f"rank {domain.global_ranks[min(missing, default=domain.rank)]} has not connected "
             f"within {deadline_s} s (deadline_s): {error}. Its host must reach "
             f"{listener.getsockname()[0]}; set FEPLB_HOST_ADDRESS on each host to an address that "
             "the others reach."
         ) from error
-    return made
 
 
 class _Door:

@@ -36,8 +36,6 @@ struct LayerShape {
   PlanLimits limits;
 };
 
-int max_local_experts(const std::vector<LayerShape>& layers);
-
 // Offsets, in bytes from the start of a half, of the row-major pieces that travel together.
 struct RowPieces {
   std::vector<std::size_t> offset;

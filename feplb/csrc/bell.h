@@ -19,6 +19,10 @@ namespace feplb {
 using Clock = std::chrono::steady_clock;
 using TimePoint = Clock::time_point;
 
+inline Clock::duration duration_of(double seconds) {
+  return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+}
+
 // Sleeps until *word differs from `seen`, a wake, a signal or the deadline, whichever is first.
 void futex_wait(std::atomic<uint32_t>* word, uint32_t seen, TimePoint deadline);
 void futex_wake(std::atomic<uint32_t>* word);

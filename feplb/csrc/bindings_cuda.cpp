@@ -126,8 +126,7 @@ class CopyStream {
   bool done(Epoch ticket) { return epoch_reached(flag().epoch.load(), ticket); }
 
   int64_t wait(Epoch ticket, double timeout_s) {
-    const auto deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                                             std::chrono::duration<double>(timeout_s));
+    const TimePoint deadline = Clock::now() + duration_of(timeout_s);
     while (!done(ticket)) {
       if (Clock::now() > deadline) {
         throw Error(cat("a copy has not arrived within ", timeout_s, " s"));

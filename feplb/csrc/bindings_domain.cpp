@@ -59,7 +59,7 @@ std::vector<FlagPlace> flag_places(const CountBoard& board, const DomainMemory& 
                                    std::size_t flags_at) {
   std::vector<FlagPlace> places;
   for (int rank = 0; rank < board.num_ranks(); ++rank) {
-    places.push_back({board.inbound(rank, 0, kRowsFlag), board.num_inbound(),
+    places.push_back({board.inbound(rank, 0, kRowsFlag), CountBoard::num_inbound(board.num_ranks()),
                       memory.arenas[static_cast<std::size_t>(rank)] + flags_at});
   }
   return places;
@@ -268,10 +268,7 @@ void bind_domain(py::module_& module) {
   module.def("board_bytes", &CountBoard::bytes_needed, py::arg("num_ranks"),
              py::arg("max_local_experts"));
   module.def(
-      "flag_bytes",
-      [](int num_ranks) {
-        return static_cast<std::size_t>(num_ranks) * kNumFlagKinds * sizeof(Flag);
-      },
+      "flag_bytes", [](int num_ranks) { return CountBoard::num_inbound(num_ranks) * sizeof(Flag); },
       py::arg("num_ranks"));
   module.def("arena_parts", &arena_parts, py::arg("layers"), py::arg("num_slots"),
              py::arg("num_grad_slots"));

@@ -64,7 +64,7 @@ struct alignas(kLine) CountBoard::RankBlock {
 
 namespace {
 std::size_t flags_bytes(int num_ranks) {
-  return round_up(sizeof(Flag) * static_cast<std::size_t>(num_ranks) * kNumFlagKinds);
+  return round_up(sizeof(Flag) * CountBoard::num_inbound(num_ranks));
 }
 }  // namespace
 

@@ -104,8 +104,8 @@ class CountBoard {
 
   // [src_rank][kind], side by side.
   Flag* inbound(int rank, int src_rank, FlagKind kind) const;
-  std::size_t num_inbound() const {
-    return static_cast<std::size_t>(num_ranks_) * static_cast<std::size_t>(kNumFlagKinds);
+  static std::size_t num_inbound(int num_ranks) {
+    return static_cast<std::size_t>(num_ranks) * kNumFlagKinds;
   }
   Flag* released(int rank, Region region, int half) const;
   Bell& bell(int rank) const;

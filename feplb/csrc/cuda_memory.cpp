@@ -36,19 +36,18 @@ void refuse_peer(const Driver& driver, Result result, int ordinal) {
                   "domain a FEPLB_DOMAIN of its own, or use lane=\"host\"."));
 }
 
-void refuse_fabric(const Driver& driver, Result result, const char* what) {
+// What the driver says where memory may not be shared in this way.
+void refuse_sharing(const Driver& driver, Result result, ArenaWay way, const char* what) {
   if (result != kNotPermitted && result != kNotSupported) return;
-  throw Error(cat(what, " by a fabric handle was refused: ", driver.text(result),
-                  ". Memory that GPUs of several hosts share needs one NVLink fabric, nvidia-imex "
+  const bool is_fabric = way == ArenaWay::kFabric;
+  throw Error(cat(
+      what, is_fabric ? " by a fabric handle" : " as a file descriptor",
+      " was refused: ", driver.text(result),
+      is_fabric ? ". Memory that GPUs of several hosts share needs one NVLink fabric, nvidia-imex "
                   "running on every host, and a channel of it in this container "
                   "(/dev/nvidia-caps-imex-channels). `feplb doctor` shows what is there; or give "
-                  "each host a FEPLB_DOMAIN of its own."));
-}
-
-void refuse_descriptor(const Driver& driver, Result result, const char* what) {
-  if (result != kNotPermitted && result != kNotSupported) return;
-  throw Error(cat(what, " as a file descriptor was refused: ", driver.text(result),
-                  ". This GPU or this container shares no memory that way: give all ranks one "
+                  "each host a FEPLB_DOMAIN of its own."
+                : ". This GPU or this container shares no memory that way: give all ranks one "
                   "container and whole GPUs (no MIG), or use arena_handle=\"ipc\"."));
 }
 
@@ -119,7 +118,7 @@ std::unique_ptr<DeviceArena> DeviceArena::create(std::shared_ptr<DeviceContext> 
     arena->mapped_ = arena->in_whole_pages();
     AllocationHandle handle = 0;
     const Result made = driver.create_allocation(&handle, arena->mapped_, &properties, 0);
-    if (way == ArenaWay::kFabric) refuse_fabric(driver, made, "an arena that is shared");
+    if (way == ArenaWay::kFabric) refuse_sharing(driver, made, way, "an arena that is shared");
     require_memory(driver, made, arena->mapped_, device.ordinal());
     arena->allocation_ = handle;
     arena->map(handle);
@@ -162,8 +161,7 @@ void DeviceArena::import(void* shareable) {
   const CurrentContext current(*context_);
   mapped_ = in_whole_pages();
   const Result result = driver.import_allocation(&allocation_, shareable, handle_type(way_));
-  if (way_ == ArenaWay::kFabric) refuse_fabric(driver, result, "opening a peer's arena");
-  if (way_ == ArenaWay::kVmm) refuse_descriptor(driver, result, "opening a peer's arena");
+  refuse_sharing(driver, result, way_, "opening a peer's arena");
   driver.check(result, "importing a peer's arena");
   map(allocation_);
 }
@@ -213,7 +211,7 @@ Fd DeviceArena::export_fd() const {
   int fd = -1;
   const Driver& driver = context_->driver();
   const Result result = driver.export_allocation(&fd, allocation_, kHandlePosix, 0);
-  refuse_descriptor(driver, result, "exporting the arena");
+  refuse_sharing(driver, result, way_, "exporting the arena");
   driver.check(result, "exporting the arena as a file descriptor");
   return Fd(fd);
 }
@@ -231,7 +229,7 @@ std::string DeviceArena::export_fabric() const {
   FabricHandle handle;
   const Result result =
       context_->driver().export_allocation(&handle, allocation_, kHandleFabric, 0);
-  refuse_fabric(context_->driver(), result, "sharing the arena");
+  refuse_sharing(context_->driver(), result, way_, "sharing the arena");
   context_->driver().check(result, "exporting the arena as a fabric handle");
   return std::string(reinterpret_cast<const char*>(&handle), sizeof(handle));
 }

@@ -218,9 +218,7 @@ auto Domain::on_device(const char* phase, const Call& call) {
 }
 
 WaitLimits Domain::limits() const {
-  const auto wait = std::chrono::duration_cast<Clock::duration>(
-      std::chrono::duration<double>(config_.deadline_s));
-  return WaitLimits{Clock::now() + wait, &failure_.mark()};
+  return WaitLimits{Clock::now() + duration_of(config_.deadline_s), &failure_.mark()};
 }
 
 // Turns the end of a wait into an error unless it is over or enqueued. `missing` says for whom.

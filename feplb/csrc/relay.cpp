@@ -163,9 +163,7 @@ std::string Relay::tell(What what, const std::string& body) {
   put(message, Prefix{static_cast<uint32_t>(what), static_cast<uint32_t>(body.size())});
   message += body;
   std::string lost;
-  const auto wait =
-      std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(deadline_s_));
-  const TimePoint deadline = Clock::now() + wait;
+  const TimePoint deadline = Clock::now() + duration_of(deadline_s_);
   const std::lock_guard<std::mutex> lock(send_mutex_);
   for (std::size_t peer = 0; peer < peers_.size(); ++peer) {
     const std::string why = send_all(peers_[peer].socket, message, deadline);

@@ -19,8 +19,7 @@ void tell_unmapped(CountBoard& board, int rank) noexcept {
 
 std::vector<int> await_unmapped(const CountBoard& board, int rank,
                                 const std::function<bool(int rank)>& is_alive, double deadline_s) {
-  const auto longest = std::chrono::duration<double>(std::min(kLongestWaitS, deadline_s));
-  const TimePoint end = Clock::now() + std::chrono::duration_cast<Clock::duration>(longest);
+  const TimePoint end = Clock::now() + duration_of(std::min(kLongestWaitS, deadline_s));
   while (true) {
     const uint32_t seen = board.bell(rank).rings();
     std::vector<int> missing;

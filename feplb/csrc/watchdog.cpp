@@ -37,8 +37,7 @@ Fd open_pidfd(int rank, pid_t pid) {
 Watchdog::Watchdog(int rank, const std::vector<pid_t>& pids, CountBoard& board, Device& device,
                    Failure& failure, double deadline_s)
     : rank_(rank),
-      patience_(std::chrono::duration_cast<Clock::duration>(
-          std::chrono::duration<double>(std::min(deadline_s, kMostPatienceS)))),
+      patience_(duration_of(std::min(deadline_s, kMostPatienceS))),
       pids_(pids),
       board_(board),
       device_(device),
