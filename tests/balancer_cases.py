@@ -10,6 +10,7 @@ Tensors are made on the CPU from seeds and moved to where the lane of the enviro
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import time
 import traceback
@@ -250,6 +251,17 @@ def build(specs: Sequence[LayerSpec] = PLAIN, *, group: Any = None, **config: An
     for spec in specs if on_gpu() else ():
         warm_up(spec)
     return Balancer(BalancerConfig(**config), group or dist.group.WORLD, layers=specs)
+
+
+class Heard(logging.Handler):
+    """Keeps what feplb logs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
 def resources_in_use(*, num_threads: int | None = None) -> dict[str, Any]:

@@ -70,3 +70,11 @@ def stand_in_machine() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         put(patch, stand_in.environment())
         yield
+
+
+@pytest.fixture(scope="module")
+def cupy_machine() -> Iterator[None]:
+    """Every rank has the stand-ins for a driver, CuPy and cuda-python, and the cupy lane."""
+    with pytest.MonkeyPatch.context() as patch:
+        put(patch, stand_in.environment() | {"FEPLB_LANE": "cupy"})
+        yield

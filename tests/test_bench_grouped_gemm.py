@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bench_cases import BENCH, run_without_a_gpu
 from kernel_cases import on_each_device, tiles_for
 
 from feplb.kernels.grouped_gemm import TritonGemm
@@ -17,10 +17,9 @@ from feplb.kernels.products import Operand
 from feplb.kernels.segment_tables import GradTable, RowTable
 from feplb.kernels.stream_gemm import StreamGemm
 
-BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
-import grouped_gemm as bench  # noqa: E402
+import grouped_gemm as bench
 
 
 def tiny(device: str) -> bench.Size:
@@ -31,14 +30,8 @@ def tiny(device: str) -> bench.Size:
 
 
 def test_without_a_gpu_nothing_is_measured_and_it_says_so(tmp_path: Path) -> None:
-    file = tmp_path / "rows.json"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    shown = subprocess.run(
-        [sys.executable, str(BENCH / "grouped_gemm.py"), "--quick", "--json", str(file)],
-        check=True, capture_output=True, text=True, env=environment,
-    ).stdout  # fmt: skip
+    shown, content = run_without_a_gpu("grouped_gemm", tmp_path)
     assert shown.endswith("No CUDA device here: nothing was measured.\n")
-    content = json.loads(file.read_text())
     assert (content["bench"], content["rows"]) == ("grouped_gemm", [])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from bench_cases import BENCH, run_without_a_gpu
 from kernel_cases import on_each_device
 from torch import Tensor
 
 from feplb.dispatch.row_operations import TorchRowOperations
 
-BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
-import permute as bench  # noqa: E402
-from expert_operands import Size  # noqa: E402
+import permute as bench
+from expert_operands import Size
 
 KERNELS = ["swiglu forward", "swiglu backward", "permute", "unpermute", "unpermute backward"]
 
@@ -32,14 +31,8 @@ def tiny(device: str) -> Size:
 
 
 def test_without_a_gpu_nothing_is_measured_and_it_says_so(tmp_path: Path) -> None:
-    file = tmp_path / "rows.json"
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    shown = subprocess.run(
-        [sys.executable, str(BENCH / "permute.py"), "--quick", "--json", str(file)],
-        check=True, capture_output=True, text=True, env=environment,
-    ).stdout  # fmt: skip
+    shown, content = run_without_a_gpu("permute", tmp_path)
     assert shown.endswith("No CUDA device here: nothing was measured.\n")
-    content = json.loads(file.read_text())
     assert (content["bench"], content["rows"]) == ("permute", [])
 
 

@@ -30,6 +30,7 @@ from balancer_cases import (
     PLAIN,
     TWO_LAYERS,
     Arm,
+    Heard,
     build,
     differences,
     grads,
@@ -114,17 +115,6 @@ def test_every_way_has_the_bits_of_experts_without_a_balancer(
 
 
 # ------------------------------------------------------------------------------- what is chosen
-
-
-class Heard(logging.Handler):
-    """Keeps what feplb logs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
 
 
 def on_a_machine_of_its_own(folder: str, rank: int, variables: dict[str, str]) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import cupy_stand_in
 import pytest
-import stand_in
 from ranks import run_ranks
 from stand_in import StandIn
 
@@ -26,11 +25,8 @@ HELD_S = 0.05  # what must not happen is looked for so long
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _machine() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for variable, value in (stand_in.environment() | {"FEPLB_LANE": "cupy"}).items():
-            patch.setenv(variable, value)
-        yield
+def _machine(cupy_machine: None) -> None:
+    """For all of this file."""
 
 
 class Bench:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cupy_stand_in
 import pytest
-import stand_in
 import test_balancer_autograd
 import test_balancer_bits
 import test_balancer_failures
@@ -47,12 +46,8 @@ SICK = 700  # what a driver says for ever after an illegal address
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _machine() -> Iterator[None]:
-    """Every rank of this file has the stand-ins for a driver, CuPy and cuda-python."""
-    with pytest.MonkeyPatch.context() as patch:
-        for variable, value in (stand_in.environment() | {"FEPLB_LANE": "cupy"}).items():
-            patch.setenv(variable, value)
-        yield
+def _machine(cupy_machine: None) -> None:
+    """For all of this file."""
 
 
 # -------------------------------------------------------------------------------------------- bits

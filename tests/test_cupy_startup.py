@@ -10,11 +10,10 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import stand_in
 from balancer_cases import PLAIN, Arm, build, resources_in_use
 from balancer_scenarios import attempt, call_and_check
 from nvml_stand_in import UUIDS, Nvml
@@ -32,12 +31,8 @@ SICK = 700  # what a driver says for ever after an illegal address
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _machine() -> Iterator[None]:
-    """Every rank of this file has the stand-ins for a driver, CuPy and cuda-python."""
-    with pytest.MonkeyPatch.context() as patch:
-        for variable, value in (stand_in.environment() | {"FEPLB_LANE": "cupy"}).items():
-            patch.setenv(variable, value)
-        yield
+def _machine(cupy_machine: None) -> None:
+    """For all of this file."""
 
 
 # Which call of the driver fails on one rank, with which code, after how many that did not.

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import stand_in
 import torch.distributed as dist
-from balancer_cases import NUM_RANKS, PLAIN, Arm, build
+from balancer_cases import NUM_RANKS, PLAIN, Arm, Heard, build
 from balancer_scenarios import attempt, call_and_check
 from conftest import put
 from ranks import run_ranks
@@ -116,15 +116,6 @@ def test_hosts_need_no_common_clock_and_many_sources_push_less_each() -> None:
 
 
 # ------------------------------------------------------------------------------- real start-ups
-
-
-class Heard(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.texts: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.texts.append(record.getMessage())
 
 
 def start_up(rank: int, num_ranks: int) -> tuple[LaneRates, str, str]:

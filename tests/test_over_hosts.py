@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from balancer_cases import PLAIN, TWO_LAYERS, Arm, build, differences, resources_in_use
+from balancer_cases import PLAIN, TWO_LAYERS, Arm, Heard, build, differences, resources_in_use
 from balancer_scenarios import attempt, call_and_check
 from ranks import run_ranks
-from test_ce_lane import Heard, on_a_machine_of_its_own, train
+from test_ce_lane import on_a_machine_of_its_own, train
 
 from feplb import connect, mesh, peers
 from feplb.config import read_environment
