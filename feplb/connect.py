@@ -90,6 +90,27 @@ class _Segments:
         self._created.clear()
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What this rank creates or opens: its arena, and the board by its part's name."""
+
+    arena_bytes: int
+    mapped_bytes: int  # the arena, and what lies behind it
+    board: str
+    board_bytes: int
+
+
+def _parts(domain: DomainRanks, memory: MemoryReport) -> _Parts:
+    """Hosts share no board: each rank has its own, and flags lie behind the arenas of the GPUs."""
+    from . import _core
+
+    arena_bytes = max(memory.arena_bytes, _LEAST_ARENA_BYTES)
+    if not domain.over_hosts:
+        return _Parts(arena_bytes, arena_bytes, "board", memory.board_bytes)
+    mapped_bytes = arena_bytes + _core.flag_bytes(domain.num_ranks)
+    return _Parts(arena_bytes, mapped_bytes, f"board-{domain.rank}", memory.board_bytes)
+
+
 def _given_away(sockets: list[int]) -> list[int]:
     """All of them, to whoever asks first."""
     given, sockets[:] = list(sockets), []
@@ -122,19 +143,13 @@ def connect(
     job = f"{environment.job_id}-{environment.restart_count}"
     first = said[domain.group_ranks[0]]
     segments = _Segments(f"/feplb-{job}-{first[2]}-{first[1]}")
-    arena_bytes = max(reservation.memory.arena_bytes, _LEAST_ARENA_BYTES)
-    board_bytes = reservation.memory.board_bytes
-    # Hosts share no board: each rank has its own, and flags lie behind the arenas of the GPUs.
-    board = f"board-{domain.rank}" if domain.over_hosts else "board"
-    mapped_bytes = arena_bytes
-    if domain.over_hosts:
-        mapped_bytes += _core.flag_bytes(domain.num_ranks)
+    parts = _parts(domain, reservation.memory)
     sockets: list[int] = []
 
     def create() -> None:
-        lane.reserve(segments.create, domain.rank, mapped_bytes)
+        lane.reserve(segments.create, domain.rank, parts.mapped_bytes)
         if domain.over_hosts or domain.rank == 0:
-            segments.create(board, board_bytes)
+            segments.create(parts.board, parts.board_bytes)
 
     def build() -> Any:
         return _core.Domain(
@@ -146,17 +161,17 @@ def connect(
             num_grad_slots=reservation.num_grad_slots,
             pids=pids,
             global_ranks=list(domain.global_ranks),
-            board=segments.open(board, board_bytes),
-            arenas=lane.arenas(segments.open, domain, mapped_bytes),
+            board=segments.open(parts.board, parts.board_bytes),
+            arenas=lane.arenas(segments.open, domain, parts.mapped_bytes),
             lane=lane.core,
             sockets=_given_away(sockets),
-            flags_at=arena_bytes,
+            flags_at=parts.arena_bytes,
         )
 
     domains: list[Any] = []
     try:
         peers.together(create)
-        lane.share(peers, domain, segments.name, mapped_bytes, config.deadline_s)
+        lane.share(peers, domain, segments.name, parts.mapped_bytes, config.deadline_s)
         if domain.over_hosts:
             sockets += connect_mesh(peers, domain, environment, config.deadline_s)
         peers.together(lambda: domains.append(build()))
@@ -168,7 +183,7 @@ def connect(
         raise
     finally:
         segments.remove(domain.num_ranks)
-    canary = min(lane.canary_bytes, arena_bytes // domain.num_ranks // 64 * 64)
+    canary = min(lane.canary_bytes, parts.arena_bytes // domain.num_ranks // 64 * 64)
     rates = measure_rates(peers, domain, domains[0], canary, has_links=lane.has_links)
     peers.together(lambda: domains[0].prove_lane(canary))
     machine = machine_of(own["GPU"]) if own["GPU"] else None
